@@ -1,0 +1,87 @@
+"""Index columns: one-chunk uncompressed Zarr v3 arrays, raw buffers on disk (features, captions → index)."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feature_store.files import crc32c, fsync_dir, write_durable
+from feature_store.layout import array_json
+from vlm_dist.errors import StoreError
+
+ArrayInfo = dict[str, Any]  # dtype, length, crc32c: what snapshot.json says of an array
+
+
+class ColumnWriter:
+    """Appends to one 1-d array, any number of elements at a time; memory does not grow with it."""
+
+    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+        self._folder = folder / name
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._length = 0
+        self._crc32c = 0
+        (self._folder / "c").mkdir(parents=True)
+        self._file = (self._folder / "c" / "0").open("wb", buffering=1 << 18)
+
+    def append(self, values: np.ndarray) -> None:
+        """Adds the elements of `values` (any shape of a dtype that casts safely)."""
+        data = np.ascontiguousarray(values).astype(self._dtype, casting="same_kind", copy=False)
+        self._file.write(data.data)
+        self._crc32c = crc32c(data, self._crc32c)
+        self._length += data.size
+
+    def finish(self) -> ArrayInfo:
+        """Fsyncs the buffer, writes the metadata, and says what was written."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._length == 0:
+            (self._folder / "c" / "0").unlink()
+        shape = [self._length]
+        codec = {"name": "bytes"}
+        if self._dtype.itemsize > 1:
+            codec = {"name": "bytes", "configuration": {"endian": "little"}}
+        metadata = array_json(shape, [max(1, self._length)], self._dtype.name, [codec])
+        write_durable(self._folder / "zarr.json", metadata)
+        fsync_dir(self._folder / "c")
+        fsync_dir(self._folder)
+        return {"dtype": self._dtype.name, "length": self._length, "crc32c": self._crc32c}
+
+
+def write_column(folder: Path, name: str, values: np.ndarray) -> ArrayInfo:
+    """Writes one array at once."""
+    writer = ColumnWriter(folder, name, values.dtype.name)
+    writer.append(values)
+    return writer.finish()
+
+
+def open_column(folder: Path, name: str, info: ArrayInfo) -> np.ndarray:
+    """Memory-maps an array, read-only; nothing of it is read.
+
+    Raises:
+        StoreError: the file is missing or has another size than was written.
+    """
+    dtype = np.dtype(info["dtype"]).newbyteorder("<")
+    if info["length"] == 0:
+        return np.empty(0, dtype)
+    path = folder / name / "c" / "0"
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        size = 0
+    if size != info["length"] * dtype.itemsize:
+        raise StoreError(
+            f"index array {path} has {size:,} bytes, {info['length'] * dtype.itemsize:,} belong there; "
+            "run `vlm-dist store verify --repair` on the store"
+        )
+    return np.asarray(np.memmap(path, dtype, "r"))
+
+
+def check_column(folder: Path, name: str, info: ArrayInfo) -> bool:
+    """Reads a whole array and compares its checksum; False where a byte differs."""
+    values = open_column(folder, name, info)
+    crc = 0
+    for start in range(0, len(values), 1 << 22):
+        crc = crc32c(values[start : start + (1 << 22)], crc)
+    return crc == info["crc32c"]

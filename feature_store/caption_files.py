@@ -1,0 +1,179 @@
+"""Caption files → one video's captions after the other, without holding the file in memory (captions → tokens).
+
+HowTo100M's raw_caption.json is one object of a million videos; it is parsed a value at a time.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO, cast
+
+from vlm_dist.errors import ConfigError, StoreError
+
+_BLOCK = 1 << 20
+_SLACK = 1 << 20  # an error this far before the end of what was read is not for lack of the rest
+FORMS = (
+    'raw_caption.json {"ID": {"start": [s], "end": [s], "text": ["..."]}}, '
+    'JSONL lines {"video_id": "ID", "start": [s], "end": [s], "text": ["..."]}, '
+    "or CSV with the columns video_id,start,end,text"
+)
+
+
+class RawCaptions(NamedTuple):
+    """The captions of one video as a file has them: seconds (any JSON value) and text (any JSON value)."""
+
+    video_id: str
+    starts: list[Any]
+    ends: list[Any]
+    texts: list[Any]
+
+
+def require_caption_file(file: Path) -> None:
+    """ConfigError unless the file is there and has an ending that says what is in it."""
+    if not file.is_file():
+        raise ConfigError(f"caption file {file} is not there; give a file, or extract without captions")
+    if file.suffix.lower() not in (".json", ".jsonl", ".ndjson", ".csv"):
+        raise ConfigError(f"caption file {file}: the ending {file.suffix!r} is not known; give {FORMS}")
+
+
+def iter_captions(file: Path) -> Iterator[RawCaptions]:
+    """Every video of a caption file (.json, .jsonl or .csv), in the file's order.
+
+    Raises:
+        ConfigError: no such file, or an ending that says nothing.
+        StoreError: the content does not have the form; names the video or the line.
+    """
+    require_caption_file(file)
+    reader = {".json": _iter_json, ".csv": _iter_csv}.get(file.suffix.lower(), _iter_jsonl)
+    seen: set[str] = set()
+    with file.open(encoding="utf-8-sig", newline="") as text:
+        try:
+            for captions in reader(file, text):
+                if captions.video_id in seen:
+                    raise StoreError(
+                        f"{file}: video {captions.video_id} occurs twice; put its captions together "
+                        "(a CSV sorted by video_id does that)"
+                    )
+                seen.add(captions.video_id)
+                yield captions
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
+
+
+def _iter_json(file: Path, text: TextIO) -> Iterator[RawCaptions]:
+    decoder = json.JSONDecoder()
+    buffer, at, last = "", 0, "the beginning"
+
+    def peek() -> str:
+        """The next character that is no space; empty at the end of the file."""
+        nonlocal buffer, at
+        while True:
+            while at < len(buffer) and buffer[at] in " \t\r\n":
+                at += 1
+            if at < len(buffer):
+                return buffer[at]
+            buffer, at = text.read(_BLOCK), 0
+            if not buffer:
+                return ""
+
+    def mark(wanted: str) -> str:
+        """The next punctuation mark, which must be one of `wanted`."""
+        nonlocal at
+        found = peek()
+        if not found or found not in wanted:
+            raise _bad_json(file, f"{' or '.join(wanted)} after {last}", None)
+        at += 1
+        return found
+
+    def parse(what: str) -> Any:
+        """The next JSON value; reads on while it may merely be cut off where the buffer ends."""
+        nonlocal buffer, at
+        peek()
+        block = _BLOCK
+        while True:
+            error = None
+            try:
+                value, end = decoder.raw_decode(buffer, at)
+                if end < len(buffer):  # a number at the very end may go on
+                    at = end
+                    return value
+            except json.JSONDecodeError as failure:
+                error = failure
+            more = text.read(block) if error is None or error.pos > len(buffer) - _SLACK else ""
+            if not more:
+                raise _bad_json(file, f"{what} after {last}", error)
+            buffer, at, block = buffer[at:] + more, 0, block * 2
+
+    mark("{")
+    if peek() == "}":
+        return
+    while True:
+        video_id = parse("video id")
+        mark(":")
+        value = parse(f"captions of video {video_id}")
+        if video_id == "video_id" and isinstance(value, str):
+            raise StoreError(f"{file} has one object per line: name it .jsonl")
+        last = f"video {video_id}"
+        yield _checked(file, str(video_id), value)
+        if mark(",}") == "}":
+            return
+        if at > _BLOCK:
+            buffer, at = buffer[at:], 0
+
+
+def _iter_jsonl(file: Path, text: TextIO) -> Iterator[RawCaptions]:
+    for number, line in enumerate(text, 1):
+        if not line.strip():
+            continue
+        try:
+            value: Any = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise StoreError(f"{file}, line {number} is not JSON ({error.msg}); each line must be one object") from None
+        video_id = cast("dict[str, Any]", value).get("video_id") if isinstance(value, dict) else None
+        if not isinstance(video_id, str):
+            raise StoreError(f"{file}, line {number} has no video_id; give {FORMS}")
+        yield _checked(file, video_id, value)
+
+
+def _iter_csv(file: Path, text: TextIO) -> Iterator[RawCaptions]:
+    rows = csv.DictReader(text, strict=True)
+    missing = {"video_id", "start", "end", "text"} - set(rows.fieldnames or ())
+    if missing:
+        raise StoreError(f"{file} has no column {', '.join(sorted(missing))}; its first line must name the columns")
+    current: RawCaptions | None = None
+    try:
+        for row in rows:
+            if current is None or row["video_id"] != current.video_id:
+                if current:
+                    yield current
+                current = RawCaptions(row["video_id"], [], [], [])
+            current.starts.append(row["start"])
+            current.ends.append(row["end"])
+            current.texts.append(row["text"])
+    except csv.Error as error:
+        raise StoreError(f"{file}, line {rows.line_num}: {error}; quote texts that hold commas or quotes") from None
+    if current:
+        yield current
+
+
+def _checked(file: Path, video_id: str, value: Any) -> RawCaptions:
+    """Three lists of one length, or an error that names the video."""
+    if not isinstance(value, dict):
+        raise StoreError(f"{file}: the captions of video {video_id} are not an object with start, end and text")
+    entry = cast("dict[str, Any]", value)
+    for key in ("start", "end", "text"):
+        if not isinstance(entry.get(key), list):
+            raise StoreError(f"{file}: the captions of video {video_id} have no list {key!r}; give {FORMS}")
+    starts, ends, texts = entry["start"], entry["end"], entry["text"]
+    if not len(starts) == len(ends) == len(texts):
+        raise StoreError(
+            f"{file}: video {video_id} has {len(starts)} starts, {len(ends)} ends and {len(texts)} texts; "
+            "give as many of each"
+        )
+    return RawCaptions(video_id, starts, ends, texts)
+
+
+def _bad_json(file: Path, wanted: str, error: json.JSONDecodeError | None) -> StoreError:
+    detail = f" ({error.msg})" if error else ""
+    return StoreError(f"{file} is not the JSON that is expected: no {wanted}{detail}. Give {FORMS}")

@@ -1,0 +1,259 @@
+"""A caption file → clean, de-duplicated, tokenised captions in a new index snapshot (captions → index).
+
+A cheap step of its own: no feature is touched. The store keeps the cleaned text, so that another vocabulary needs no
+caption file, and captions of videos that it has no features of, which join their video when its features come.
+"""
+
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from feature_store.caption_files import RawCaptions, iter_captions, require_caption_file
+from feature_store.caption_table import CaptionTable, TableWriter, VideoCaptions
+from feature_store.caption_tokens import Table, Texts, tokenise
+from feature_store.config import CaptionConfig
+from feature_store.dedup import Caption, deduplicate_reference, deduplicate_words
+from feature_store.files import crc32c, disk_guard
+from feature_store.index import StoreIndex
+from feature_store.layout import open_store, scratch_name
+from feature_store.records import clean_text
+from feature_store.snapshot import (
+    Captions,
+    VideoColumns,
+    finalise,
+    snapshot_captions,
+    snapshot_videos,
+    update_snapshot,
+)
+from feature_store.tokenizer import TRAIN_PREFIX, Tokenizer, load_tokenizer, train_wordpiece
+from vlm_dist.errors import ConfigError, StoreError
+
+NAMED = 5
+_U32 = 2**32 - 1
+
+
+class CaptionReport(BaseModel):
+    """What became of the captions, and the corpus in the paper's figures (5.1.1)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    snapshot: str
+    changed: bool = Field(description="False where the store held exactly this already.")
+    videos_with_captions: int
+    videos_without_captions: int
+    captions_without_video: int = Field(description="Videos that have captions and no features; kept for later.")
+    captions_without_video_ids: tuple[str, ...] = Field(description="The first few of them.")
+    dropped_text: int = Field(description="Captions of the file without text (empty, null, NaN), or without a token.")
+    dropped_times: int = Field(description="Captions of the file with a missing or negative end, or start >= end.")
+    dropped_outside: int = Field(description="Captions that start after the end of their video.")
+    clipped: int = Field(description="Captions that were cut at 0 or at the end of their video.")
+    duplicates: int = Field(description="Captions that repeated words of the one before and were cut or dropped.")
+    clips: int
+    tokens: int
+    tokens_per_s: float = Field(description="Tokens per second of the videos that have captions.")
+    tokens_per_caption_s: float = Field(description="Tokens per second of captions.")
+    captions_per_video: float = Field(description="Captions per video that has any.")
+    tokenizer_pieces: int
+    tokenizer_sha256: str
+
+
+def write_captions(root: Path, file: Path | None, cfg: CaptionConfig) -> CaptionReport:
+    """Writes a snapshot with the captions of a file; those of other videos stay. Does nothing where nothing changed.
+
+    Args:
+        root: the store; it may hold none, some or all of the videos yet.
+        file: .json, .jsonl or .csv (see `caption_files`); None tokenises the store's own captions again.
+        cfg: cleaning and tokenising. Another tokenizer is applied to every caption of the store.
+
+    Raises:
+        ConfigError: no such file or tokenizer.
+        StoreError: the file does not have the form (the video is named); None and the store has no captions.
+    """
+    meta = open_store(root)
+    if file is not None:
+        require_caption_file(file)
+    if cfg.max_tokens > np.iinfo(np.uint16).max:
+        raise ConfigError(f"max_tokens is {cfg.max_tokens}; a caption holds at most 65535")
+    finalise(root)
+    before = StoreIndex(root)
+    tokenizer = None if cfg.tokenizer.startswith(TRAIN_PREFIX) else load_tokenizer(cfg.tokenizer)
+    source = before.details["captions"].get("source_crc32c") if file is None else _file_crc(file)
+    if file is None:
+        _require_text(before, cfg)
+    if _unchanged(before, cfg, source, tokenizer):
+        return caption_report(before, changed=False)
+
+    scratch = meta.staging / scratch_name("captions")
+    try:
+        with disk_guard(scratch, 3 * (file.stat().st_size if file else before.captions.text.nbytes)):
+            scratch.mkdir()
+            new, counts = _read_file(scratch / "text", file, cfg) if file else ([], before.details["captions"])
+            build = _Builder(scratch, new, tokenizer, cfg, {**counts, "source_crc32c": source})
+            name = update_snapshot(meta, build)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return caption_report(StoreIndex(root, name), changed=True)
+
+
+def caption_report(index: StoreIndex, changed: bool) -> CaptionReport:
+    """The report on the captions that a snapshot holds."""
+    details: dict[str, Any] = index.details["captions"]
+    captioned = np.diff(index.clip_ptr) > 0
+    row_s = index.meta.provenance.window / index.meta.provenance.fps
+    seconds = float(index.n_rows[captioned].sum(dtype=np.int64)) * row_s
+    caption_s = float((index.clip_end_ms - index.clip_start_ms).sum(dtype=np.int64)) / 1000
+    pending = index.pending()
+    waiting = pending[0] if pending else []
+    return CaptionReport(
+        snapshot=index.name,
+        changed=changed,
+        videos_with_captions=int(captioned.sum()),
+        videos_without_captions=int((~captioned).sum()),
+        captions_without_video=len(waiting),
+        captions_without_video_ids=tuple(video_id.decode() for video_id in waiting[:NAMED]),
+        dropped_text=details["no_text"],
+        dropped_times=details["bad_times"],
+        dropped_outside=details["outside"],
+        clipped=details["clipped"],
+        duplicates=details["duplicates"],
+        clips=index.num_clips,
+        tokens=index.num_tokens,
+        tokens_per_s=index.num_tokens / seconds if seconds else 0.0,
+        tokens_per_caption_s=index.num_tokens / caption_s if caption_s else 0.0,
+        captions_per_video=index.num_clips / max(1, int(captioned.sum())),
+        tokenizer_pieces=details["tokenizer_pieces"],
+        tokenizer_sha256=details["tokenizer_sha256"],
+    )
+
+
+def clean_captions(raw: RawCaptions, rule: str, counts: Counter[str]) -> list[Caption]:
+    """The usable captions of a video in milliseconds, by start; adds what was dropped to `counts`."""
+    captions: list[Caption] = []
+    for start_s, end_s, text in zip(raw.starts, raw.ends, raw.texts, strict=True):
+        start, end = _milliseconds(raw.video_id, start_s), _milliseconds(raw.video_id, end_s)
+        line = str(clean_text(text)).replace("\n", " ").strip() if isinstance(text, str) else ""
+        if not line:
+            counts["no_text"] += 1
+        elif start is None or end is None or end > _U32 or max(start, 0) >= end:
+            counts["bad_times"] += 1
+        else:
+            counts["clipped"] += start < 0
+            captions.append(Caption(max(start, 0), end, line))
+    captions.sort(key=lambda caption: caption.start)
+    repeats = 0
+    if rule == "words":
+        captions, repeats = deduplicate_words(captions)
+    elif rule == "reference":
+        captions, repeats = deduplicate_reference(captions, Random(raw.video_id))
+    counts["duplicates"] += repeats
+    kept = [caption for caption in captions if caption.start < caption.end]
+    counts["bad_times"] += len(captions) - len(kept)
+    return kept
+
+
+class _Builder:
+    """What `update_snapshot` calls with the newest snapshot, again if another builder was faster."""
+
+    def __init__(
+        self, scratch: Path, new: list[Table], tokenizer: Tokenizer | None, cfg: CaptionConfig, details: dict[str, Any]
+    ) -> None:
+        self.scratch, self.new, self.tokenizer, self.cfg, self.details = scratch, new, tokenizer, cfg, details
+        self.calls = 0
+
+    def __call__(self, parent: StoreIndex | None) -> tuple[VideoColumns, Captions]:
+        assert parent is not None, "finalise has made one"
+        self.calls += 1
+        folder = self.scratch / str(self.calls)
+        old = snapshot_captions(parent)
+        merged = [*self.new, *old.tables]
+        tokenizer = self.tokenizer or train_wordpiece(Texts(merged), _train_size(self.cfg.tokenizer))
+        tokenizer.save(folder / "tokenizer")
+        settings = {
+            "tokenizer_sha256": tokenizer.sha256,
+            "tokenizer_pieces": tokenizer.vocab_size,
+            "max_chars": self.cfg.max_chars,
+            "max_tokens": self.cfg.max_tokens,
+        }
+        keep = all(old.details.get(name) == value for name, value in settings.items())
+        dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        table, empty = tokenise(folder / "table", self.new if keep else merged, tokenizer, dtype, self.cfg)
+        details: dict[str, Any] = {**self.details, **settings, "config": self.cfg.model_dump(mode="json")}
+        details["no_text"] += empty
+        tables: list[Table] = [table, *(old.tables if keep else ())]
+        return snapshot_videos(parent), Captions(tables, folder / "tokenizer", dtype, details)
+
+
+def _read_file(folder: Path, file: Path, cfg: CaptionConfig) -> tuple[list[Table], Counter[str]]:
+    """The cleaned captions of a file, on disk and without tokens; and what was dropped."""
+    writer = TableWriter(folder, "uint16")
+    counts: Counter[str] = Counter(no_text=0, bad_times=0, clipped=0, duplicates=0, outside=0)
+    ids: list[bytes] = []
+    for raw in iter_captions(file):
+        captions = clean_captions(raw, cfg.deduplicate, counts)
+        texts = [caption.text.encode() for caption in captions]
+        writer.append(
+            VideoCaptions(
+                np.array([caption.start for caption in captions], np.uint32),
+                np.array([caption.end for caption in captions], np.uint32),
+                np.zeros(len(captions), np.uint16),
+                np.array([len(text) for text in texts], np.uint32),
+                np.empty(0, np.uint16),
+                np.frombuffer(b"".join(texts), np.uint8),
+            )
+        )
+        ids.append(raw.video_id.encode("utf-8", "replace"))
+    arrays = writer.finish()
+    return [(ids, CaptionTable.open(folder, arrays))], counts
+
+
+def _milliseconds(video_id: str, value: object) -> int | None:
+    """A time of a caption file in whole milliseconds; None for null and NaN."""
+    try:
+        seconds = math.nan if value is None or value == "" else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise StoreError(f"captions of video {video_id}: {value!r} is not a time in seconds") from None
+    return round(seconds * 1000) if math.isfinite(seconds) else None
+
+
+def _file_crc(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            crc = crc32c(block, crc)
+    return crc
+
+
+def _require_text(index: StoreIndex, cfg: CaptionConfig) -> None:
+    if index.tokenizer_dir is None:
+        raise StoreError(f"{index.meta.root} has no captions yet; give a caption file")
+    rule = index.details["captions"]["config"]["deduplicate"]
+    if rule != cfg.deduplicate:
+        raise StoreError(
+            f"the captions in {index.meta.root} were de-duplicated by {rule!r}; for {cfg.deduplicate!r} give their file"
+        )
+
+
+def _unchanged(index: StoreIndex, cfg: CaptionConfig, source: int | None, tokenizer: Tokenizer | None) -> bool:
+    """Whether the store's captions came from the same file in the same way."""
+    if index.tokenizer_dir is None:
+        return False
+    details = index.details["captions"]
+    before = dict(details["config"])
+    if tokenizer and tokenizer.sha256 == details["tokenizer_sha256"]:
+        before["tokenizer"] = cfg.tokenizer  # the same vocabulary under another name or path
+    elif tokenizer:
+        return False
+    return before == cfg.model_dump(mode="json") and source == details["source_crc32c"]
+
+
+def _train_size(name: str) -> int:
+    size = name.removeprefix(TRAIN_PREFIX)
+    if not size.isdigit():
+        raise ConfigError(f"tokenizer {name}: give {TRAIN_PREFIX}N with a number of pieces, like {TRAIN_PREFIX}8000")
+    return int(size)

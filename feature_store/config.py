@@ -1,0 +1,69 @@
+"""How videos become features and captions become tokens: the settings of extraction, store and captions."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DecodeConfig(_Frozen):
+    """How a video file becomes seconds of frames (reference/VLM recipe: 30 fps, short side 224, centre crop)."""
+
+    fps: int = Field(default=30, ge=1, le=120, description="Frames per second that the decoder hands on.")
+    size: int = Field(
+        default=224, ge=32, description="Short side after scaling, and side of the centre crop, in pixels."
+    )
+    min_coverage: float = Field(
+        default=0.95, ge=0.0, le=1.0,
+        description="Share of the claimed seconds that must decode; below it a video is recorded as truncated.",
+    )  # fmt: skip
+    rotate: bool = Field(
+        default=True,
+        description="Turn the picture as its display matrix says; false keeps the stored one, as the reference does.",
+    )
+    timeout_s: float = Field(default=600.0, gt=0, description="Longest time to decode one video before it is given up.")
+
+
+class ExtractConfig(_Frozen):
+    """How a corpus is extracted: one L2-normalised token per second of video."""
+
+    decode: DecodeConfig = DecodeConfig()
+    layer: Literal["video_embedding", "mixed_5c"] = Field(
+        default="video_embedding", description="S3D output that is stored: 512-d video_embedding or 1024-d mixed_5c."
+    )
+    normalise: bool = Field(
+        default=True, description="L2-normalise each token (the reference's extraction script does)."
+    )
+    weights: str = Field(default="", description="S3D weights file (s3d_howto100m.pth).")
+    batch_seconds: int = Field(default=8, ge=1, description="Seconds of video in one S3D forward pass.")
+    workers: int = Field(default=0, ge=0, description="Ray workers; 0 takes one for every CPU or GPU of the cluster.")
+    gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs of one worker; 0 extracts on CPUs.")
+
+
+class StoreConfig(_Frozen):
+    """Layout of a new store; fixed when the store is created."""
+
+    rows_per_shard: int = Field(
+        default=0, ge=0, description="Rows of one shard; 0 takes the most that stay within 64 MiB."
+    )
+    check: Literal["off", "sampled", "always"] = Field(
+        default="sampled", description="How often a reader checks the crc32c of the videos that it reads."
+    )
+
+
+class CaptionConfig(_Frozen):
+    """How captions become token rows (cleaned, de-duplicated, WordPiece)."""
+
+    tokenizer: str = Field(
+        default="bert-base-uncased",
+        description="Hugging Face name, folder with a WordPiece vocabulary, or wordpiece:N to train one of N pieces.",
+    )
+    deduplicate: Literal["words", "reference", "off"] = Field(
+        default="words",
+        description="Repeated text of rolling captions: whole words, the reference's character rule, or kept.",
+    )
+    max_chars: int = Field(default=96, ge=1, description="A caption is cut to this many characters before tokenising.")
+    max_tokens: int = Field(default=32, ge=1, description="A caption is cut to this many tokens.")

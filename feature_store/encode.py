@@ -1,0 +1,103 @@
+"""Videos → tokens: THE one way from a file to features, used for the corpus and for a single video alike."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from feature_store.config import DecodeConfig, ExtractConfig
+from feature_store.decode import DecodeError, SecondsReader
+from feature_store.s3d import S3D
+from vlm_dist.errors import ExtractionError
+
+CALIBRATION_CLIPS = 48
+_CLIPS_PER_VIDEO = 3
+_SECONDS_APART = 4
+
+
+class Extracted(NamedTuple):
+    """Features of one video: one row per second of it."""
+
+    features: np.ndarray
+    """(n, F) float16; rows have length 1 where the config normalises."""
+    decoded_s: float
+    """Seconds of video that were decoded (the last row may cover less than a second)."""
+    claimed_s: float
+    """Seconds that the file claims to hold; 0.0 where it does not say."""
+    seconds: float
+    """Wall-clock seconds that it took."""
+
+
+@torch.inference_mode()
+def features_from_file(
+    path: Path | str, model: S3D, cfg: ExtractConfig, on_batch: Callable[[], None] = lambda: None
+) -> Extracted:
+    """Decode a video and encode each second of it; holds `batch_seconds` of frames at a time, never the whole video.
+
+    Args:
+        path: Video file of any format that FFmpeg reads.
+        model: Encoder in eval mode, on the device that shall work.
+        cfg: Frame rate, size, layer, normalisation.
+        on_batch: Called after every `batch_seconds` of video.
+
+    Raises:
+        DecodeError: the video is missing, broken or too slow (see `SecondsReader`).
+        ExtractionError: the encoder's output is not finite.
+    """
+    start = time.monotonic()
+    device = next(model.parameters()).device
+    reader = SecondsReader(path, cfg.decode)
+    seconds = iter(reader)
+    rows: list[np.ndarray] = []
+    while batch := list(islice(seconds, cfg.batch_seconds)):
+        frames = torch.from_numpy(np.stack(batch)).to(device)
+        tokens = model(_as_input(frames), cfg.layer)
+        if cfg.normalise:
+            tokens = functional.normalize(tokens, dim=-1)
+        rows.append(tokens.half().cpu().numpy())
+        on_batch()
+    features = np.concatenate(rows)
+    if not np.isfinite(features).all():
+        raise ExtractionError(f"{path}: the encoder's output is not finite; are its weights damaged?")
+    return Extracted(features, reader.decoded_s, reader.claimed_s, time.monotonic() - start)
+
+
+def _as_input(frames: Tensor) -> Tensor:
+    """uint8 (B, T, H, W, 3) → float (B, 3, T, H, W) in [0, 1]."""
+    return frames.permute(0, 4, 1, 2, 3).float() / 255
+
+
+def calibration_clips(paths: Iterable[Path | str], cfg: DecodeConfig) -> np.ndarray:
+    """A sample of a corpus for `random_s3d`: one-second clips a few seconds apart from the first readable videos.
+
+    The order in which videos are tried depends on their paths' names only, so the same corpus gives the same sample.
+
+    Returns:
+        uint8 (n, fps, size, size, 3), 1 <= n <= 48; at most three clips of a video.
+
+    Raises:
+        ExtractionError: none of the videos can be read.
+    """
+    clips: list[np.ndarray] = []
+    for path in sorted(paths, key=lambda path: (zlib.crc32(Path(path).name.encode()), str(path))):
+        clips.extend(_some_seconds(path, cfg))
+        if len(clips) >= CALIBRATION_CLIPS:
+            break
+    if not clips:
+        raise ExtractionError("none of the videos can be read, so there is nothing to calibrate random weights on")
+    return np.stack(clips[:CALIBRATION_CLIPS])
+
+
+def _some_seconds(path: Path | str, cfg: DecodeConfig) -> Iterator[np.ndarray]:
+    with suppress(DecodeError):
+        yield from islice(SecondsReader(path, cfg), 0, _CLIPS_PER_VIDEO * _SECONDS_APART, _SECONDS_APART)

@@ -1,0 +1,179 @@
+"""One shard's videos → features → commit: what a single extraction worker does (in a Ray actor, see extract.py).
+
+A broken video becomes a record with its reason and the shard goes on. What a worker is doing stands in a small note
+file, so that the driver can show progress, and can name the video that took a worker down with it.
+"""
+
+# pyright: reportUnknownMemberType=false
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from feature_store.config import ExtractConfig
+from feature_store.decode import DecodeError
+from feature_store.encode import features_from_file
+from feature_store.layout import open_store
+from feature_store.plan import PlannedVideo, ShardTask
+from feature_store.records import VideoRecord
+from feature_store.s3d import S3D
+from feature_store.writer import ShardAttempt
+from vlm_dist.errors import ExtractionError
+
+ATTEMPTS = 2  # a video that was in work when this many workers died is given up
+
+
+class Tally(NamedTuple):
+    """What became of the videos of a shard (or of many)."""
+
+    ok: int = 0
+    seconds: int = 0
+    """Seconds of video that became rows."""
+    reasons: Mapping[str, int] = {}
+    """Failed videos by reason; `overflow` counts those that wait for a further shard."""
+
+    @property
+    def failed(self) -> int:
+        """Videos that gave no features."""
+        return sum(self.reasons.values()) - self.reasons.get("overflow", 0)
+
+    def plus(self, other: "Tally") -> "Tally":
+        """The sum of two tallies."""
+        return Tally(
+            self.ok + other.ok, self.seconds + other.seconds, dict(Counter(self.reasons) + Counter(other.reasons))
+        )
+
+    def plus_record(self, record: VideoRecord) -> "Tally":
+        """The tally with one more video."""
+        if record.status == "ok":
+            return self.plus(Tally(1, record.n_rows))
+        return self.plus(Tally(reasons={record.reason or record.status: 1}))
+
+
+class Note(NamedTuple):
+    """What a worker is doing: the video in work ("" between videos), and what it has done of the shard."""
+
+    video_id: str
+    tally: Tally
+
+
+class Blame(NamedTuple):
+    """A video that was in work when a worker died: how often, and the reason to record once it is given up."""
+
+    deaths: int
+    reason: str
+    message: str
+
+
+_NO_BLAME = Blame(0, "", "")
+
+
+def note_path(root: Path, shard: int) -> Path:
+    """The note of whoever works on a shard; lost notes cost a progress display, nothing else."""
+    return root / "_staging" / f"note-{shard:06d}.json"
+
+
+def read_note(root: Path, shard: int) -> Note | None:
+    """The last note about a shard, or None."""
+    try:
+        video_id, tally = json.loads(note_path(root, shard).read_text())
+    except (OSError, ValueError):
+        return None
+    return Note(video_id, Tally(*tally))
+
+
+def _touch_note(root: Path, shard: int) -> None:
+    """Say that the video in work goes on."""
+    with suppress(OSError):
+        os.utime(note_path(root, shard))
+
+
+def note_age_mark(root: Path, shard: int) -> int:
+    """When the note was last written or touched, in nanoseconds; 0 without one."""
+    try:
+        return note_path(root, shard).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _write_note(root: Path, shard: int, note: Note) -> None:
+    path = note_path(root, shard)
+    temp = path.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):  # a full disk is reported by the shard's own writer
+        temp.write_text(json.dumps(note))
+        temp.replace(path)
+
+
+class ShardWorker:
+    """Holds the encoder and extracts one shard after another."""
+
+    def __init__(self, root: Path, cfg: ExtractConfig, weights: Mapping[str, np.ndarray], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.root = open_store(root).root
+        self.cfg = cfg
+        self.model = S3D()
+        self.model.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
+        self.model.to("cuda" if cfg.gpus_per_worker > 0 else "cpu")
+        self._warm_up()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        # An encoder that does not run here must stop the work, instead of failing every video on its own.
+        size, fps = self.cfg.decode.size, self.cfg.decode.fps
+        self.model(torch.zeros(1, 3, fps, size, size, device=next(self.model.parameters()).device))
+
+    def extract(self, task: ShardTask, blames: Mapping[str, Blame]) -> Tally:
+        """Extract and commit one shard; a no-op for the store if another attempt was first.
+
+        Args:
+            task: The shard's videos.
+            blames: Videos that took workers down before.
+
+        Raises:
+            StoreError: the disk is full, or the store is damaged.
+        """
+        tally = Tally()
+        with ShardAttempt(self.root, task.shard) as attempt:
+            for video in task.videos:
+                blame = blames.get(video.video_id, _NO_BLAME)
+                if blame.deaths >= ATTEMPTS:
+                    record, features = _given_up(video, blame), None
+                else:
+                    _write_note(self.root, task.shard, Note(video.video_id, tally))
+                    record, features = self._one(video, blame.deaths, lambda: _touch_note(self.root, task.shard))
+                tally = tally.plus_record(attempt.add(record, features))
+            _write_note(self.root, task.shard, Note("", tally))
+            attempt.commit()
+        note_path(self.root, task.shard).unlink(missing_ok=True)
+        return tally
+
+    def _one(
+        self, video: PlannedVideo, deaths: int, alive: Callable[[], None]
+    ) -> tuple[VideoRecord, np.ndarray | None]:
+        known: dict[str, object] = {"video_id": video.video_id, "path": video.path, "attempts": deaths + 1}
+        try:
+            got = features_from_file(video.path, self.model, self.cfg, alive)
+        except DecodeError as error:
+            known |= {"decoded_s": error.decoded_s, "claimed_s": error.claimed_s}
+            return _failed(known, error.reason, str(error)), None
+        except ExtractionError as error:
+            return _failed(known, error.reason, str(error)), None
+        except (ValueError, OSError) as error:  # of the file; what the encoder or the machine does is not its fault
+            return _failed(known, "error", f"{video.path}: {type(error).__name__}: {error}"), None
+        known |= {"decoded_s": got.decoded_s, "claimed_s": got.claimed_s, "seconds": got.seconds}
+        return VideoRecord.model_validate(known), got.features
+
+
+def _failed(known: Mapping[str, object], reason: str, message: str) -> VideoRecord:
+    return VideoRecord.model_validate({**known, "status": "failed", "reason": reason, "message": message})
+
+
+def _given_up(video: PlannedVideo, blame: Blame) -> VideoRecord:
+    known = {"video_id": video.video_id, "path": video.path, "attempts": blame.deaths}
+    return _failed(known, blame.reason, f"{video.path}: {blame.message}")

@@ -1,0 +1,103 @@
+"""Durable small files under the feature store (videos → features): fsync, exclusive creation, checksums, full disks.
+
+Nothing here knows what is stored. Every file that matters is first written to a scratch name and fsynced, then
+appears under its final name whole: by rename (may replace) or by hard link (may not).
+"""
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from vlm_dist.errors import StoreError
+
+_SEAL = b'{"crc32c":"%08x","body":'
+_SEAL_LENGTH = len(_SEAL % 0)
+
+
+def crc32c(data: bytes | np.ndarray, start: int = 0) -> int:
+    """CRC-32C (Castagnoli) of bytes or of a C-contiguous array, continued from the checksum `start`; no copy."""
+    return google_crc32c.extend(start, data)  # type: ignore[arg-type]
+
+
+def fsync_dir(folder: Path) -> None:
+    """Makes the names in a folder durable (POSIX: renames and links live in the folder, not in the file)."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Writes and fsyncs one file; for files in scratch folders that nobody reads yet."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes, scratch: Path) -> None:
+    """Puts `data` at `path` at once, also over an older file; `scratch` is a folder of the same file system."""
+    temp = scratch / f"{path.name}.{uuid.uuid4().hex}"
+    with disk_guard(path, len(data)):
+        try:
+            write_durable(temp, data)
+            temp.replace(path)
+            fsync_dir(path.parent)
+        finally:
+            temp.unlink(missing_ok=True)
+
+
+def create_exclusive(path: Path, data: bytes, scratch: Path) -> bool:
+    """Puts `data` at `path` unless something is there already; True for the one caller that did it."""
+    temp = scratch / f"{path.name}.{uuid.uuid4().hex}"
+    with disk_guard(path, len(data)):
+        try:
+            write_durable(temp, data)
+            os.link(temp, path)
+            fsync_dir(path.parent)
+        except FileExistsError:
+            return False
+        finally:
+            temp.unlink(missing_ok=True)
+    return True
+
+
+def seal(body: dict[str, Any]) -> bytes:
+    """JSON that carries the crc32c of its own body, so that one flipped bit in it cannot pass."""
+    raw = json.dumps(body, separators=(",", ":"), sort_keys=True).encode()
+    return _SEAL % crc32c(raw) + raw + b"}\n"
+
+
+def unseal(path: Path) -> dict[str, Any]:
+    """Reads what `seal` wrote; FileNotFoundError where there is none, StoreError where it is damaged."""
+    data = path.read_bytes()
+    body = data[_SEAL_LENGTH:-2]
+    if data[:_SEAL_LENGTH] != _SEAL % crc32c(body) or data[-2:] != b"}\n":
+        raise StoreError(f"{path} is damaged (crc32c differs); run `vlm-dist store verify --repair` on the store")
+    return json.loads(body)
+
+
+@contextmanager
+def disk_guard(path: Path, needed: int) -> Generator[None]:
+    """Turns a full disk or an exceeded quota into a StoreError that says which path and how many bytes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        folder = next(folder for folder in path.parents if folder.exists())
+        free = shutil.disk_usage(folder).free
+        raise StoreError(
+            f"the disk of {path} is full: {needed:,} bytes are needed there and {free:,} are free. "
+            "Free some space and run the same command again: what was committed is kept"
+        ) from error

@@ -1,0 +1,156 @@
+"""Index snapshot → who, where, when and what was said: memory-mapped columns over all videos and captions.
+
+Opening reads one small JSON file and maps the arrays, whatever the size of the corpus; private memory stays small.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from feature_store.arrays import open_column
+from feature_store.caption_table import CaptionTable, VideoCaptions, unpack_ids
+from feature_store.files import crc32c, unseal
+from feature_store.layout import StoreMeta, open_store
+from vlm_dist.errors import StoreError
+
+VIDEO_COLUMNS = ("shard", "row", "n_rows", "crc32c", "status")
+STATUS_OK = 0
+
+
+class StoreIndex:
+    """One immutable snapshot of a store; holds the V videos that have features, sorted by the bytes of their id.
+
+    Attributes:
+        name: of the snapshot.
+        shard, row, n_rows, crc32c: (V,) u32; where a video's rows are, their number (seconds), their checksum.
+        status: (V,) u8; 0 is ok. Videos without features are in the commit records (see `info.failures`).
+        clip_ptr, tok_ptr: (V+1,) i64; the video's captions in the clip columns, its tokens in `tokens`.
+        clip_start_ms, clip_end_ms: (C,) u32, start < end <= length of the video, starts ascend within a video.
+        clip_ntok: (C,) u16. tokens: (T,) u16 or u32, without special tokens.
+        fingerprint: of ids, features, captions, tokens and provenance; not of time, place or sharding.
+        details: the rest of snapshot.json (captions, failed, parent, ...).
+    """
+
+    def __init__(self, root: Path, snapshot: str = "") -> None:
+        """Opens the snapshot of that name, or the one that CURRENT names.
+
+        Raises:
+            StoreError: no store, no snapshot yet, or a damaged one.
+        """
+        self.meta: StoreMeta = open_store(root)
+        self.name = snapshot or current_snapshot(self.meta)
+        if not self.name:
+            raise StoreError(f"{root} has no finished extraction yet: run `vlm-dist extract` on it again")
+        self.folder = self.meta.snapshots / self.name
+        try:
+            self.details: dict[str, Any] = unseal(self.folder / "snapshot.json")
+        except FileNotFoundError:
+            raise StoreError(
+                f"{root} has no index snapshot {self.name}; run `vlm-dist store verify --repair` on it"
+            ) from None
+        self.fingerprint: str = self.details["fingerprint"]
+        arrays = self.details["arrays"]
+        self._ids = open_column(self.folder, "video_id", arrays["video_id"])
+        self._id_ptr = open_column(self.folder, "video_id_ptr", arrays["video_id_ptr"])
+        columns = (open_column(self.folder, name, arrays[name]) for name in VIDEO_COLUMNS)
+        self.shard, self.row, self.n_rows, self.crc32c, self.status = columns
+        self.captions = CaptionTable.open(self.folder, arrays)
+        self.clip_ptr, self.tok_ptr = self.captions.clip_ptr, self.captions.tok_ptr
+        self.clip_start_ms, self.clip_end_ms = self.captions.clip_start_ms, self.captions.clip_end_ms
+        self.clip_ntok, self.tokens = self.captions.clip_ntok, self.captions.tokens
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, str]]:
+        return type(self), (self.meta.root, self.name)
+
+    @property
+    def num_videos(self) -> int:
+        """V, videos with features."""
+        return len(self.n_rows)
+
+    @property
+    def num_clips(self) -> int:
+        """C, captions of those videos."""
+        return len(self.clip_ntok)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, tokens of those captions."""
+        return len(self.tokens)
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """Folder of the tokenizer that made the tokens; None before there are captions."""
+        return self.folder / "tokenizer" if self.details["captions"] else None
+
+    def video_id(self, video: int) -> str:
+        """Id of a video by number."""
+        return self._id_bytes(video).decode()
+
+    def find(self, video_id: str) -> int:
+        """Number of a video by id; -1 where the snapshot has no features of it."""
+        key = video_id.encode("utf-8", "replace")
+        at = bisect_left(range(self.num_videos), key, key=self._id_bytes)
+        return at if at < self.num_videos and self._id_bytes(at) == key else -1
+
+    def find_many(self, video_ids: Sequence[str]) -> np.ndarray:
+        """(n,) int64 numbers of videos, -1 where absent."""
+        if len(video_ids) * 64 < self.num_videos:
+            return np.fromiter(map(self.find, video_ids), np.int64, len(video_ids))
+        numbers = {key: number for number, key in enumerate(self.id_list())}
+        keys = (video_id.encode("utf-8", "replace") for video_id in video_ids)
+        return np.fromiter((numbers.get(key, -1) for key in keys), np.int64, len(video_ids))
+
+    def id_list(self) -> list[bytes]:
+        """All ids as UTF-8, in order: a Python object per video, so for work on the whole store only."""
+        return unpack_ids(self._ids, self._id_ptr)
+
+    def clip_text(self, clip: int) -> str:
+        """Text of one caption by its number in the clip columns (cleaned, de-duplicated, not cut)."""
+        video = int(np.searchsorted(self.clip_ptr, clip, "right")) - 1
+        captions = self.captions.video(video)
+        before = clip - int(self.clip_ptr[video])
+        start = int(captions.ntext[:before].sum(dtype=np.int64))
+        return captions.text[start : start + int(captions.ntext[before])].tobytes().decode()
+
+    def check_captions(self, video: int) -> VideoCaptions:
+        """Captions of a video whose checksum is compared; StoreError names the video where it differs."""
+        captions = self.captions.video(video)
+        if captions.crc32c() != self.captions.caption_crc32c[video]:
+            raise StoreError(
+                f"captions of video {self.video_id(video)} are damaged in {self.folder} (crc32c differs); "
+                "run `vlm-dist store verify --deep --repair` on the store"
+            )
+        return captions
+
+    def pending(self) -> tuple[list[bytes], CaptionTable] | None:
+        """Ids and captions that wait for features, if there are any."""
+        arrays = self.details["pending"]
+        if not arrays:
+            return None
+        folder = self.folder / "pending"
+        raw, ptr = (open_column(folder, name, arrays[name]) for name in ("video_id", "video_id_ptr"))
+        return unpack_ids(raw, ptr), CaptionTable.open(folder, arrays)
+
+    def _id_bytes(self, video: int) -> bytes:
+        return self._ids[self._id_ptr[video] : self._id_ptr[video + 1]].tobytes()
+
+
+def current_snapshot(meta: StoreMeta) -> str:
+    """Name of the snapshot that readers open; empty before the first; StoreError where CURRENT is damaged."""
+    path = meta.root / "CURRENT"
+    try:
+        line = path.read_bytes()
+    except FileNotFoundError:
+        return ""
+    name = line.partition(b" ")[0].decode("ascii", "replace")
+    if line != current_line(name):
+        raise StoreError(f"{path} is damaged; run `vlm-dist store verify --repair` on the store")
+    return name
+
+
+def current_line(name: str) -> bytes:
+    """What CURRENT holds: the snapshot's name and the name's checksum."""
+    return f"{name} {crc32c(name.encode()):08x}\n".encode()

@@ -1,0 +1,243 @@
+"""One look at a whole store: what is not as the records say, and where (any store → its problems).
+
+Quick: plan, commit records, shard files (size), index snapshots and captions fit each other. Deep: every checksum too.
+States that a kill can leave (a staged attempt, a commit that is not published yet) are no problems.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from feature_store.arrays import check_column
+from feature_store.caption_table import COLUMNS, CaptionTable
+from feature_store.commit import Commit, commit_path, committed_shards, read_commit, staging_path
+from feature_store.files import crc32c
+from feature_store.index import StoreIndex, current_snapshot
+from feature_store.layout import CHUNK_ROWS, CRC_BYTES, StoreMeta, features_json
+from feature_store.plan import read_segment, segment_numbers
+from feature_store.shard import bad_chunks, shard_bytes
+from feature_store.snapshot import row_milliseconds, snapshot_names
+from feature_store.tokenizer import load_tokenizer
+from vlm_dist.errors import VlmDistError
+
+Kind = Literal["metadata", "plan", "commit", "shard", "chunk", "video", "index", "captions", "stray"]
+
+
+class Problem(BaseModel):
+    """One thing that is wrong."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Kind
+    where: str = Field(description="The file, and shard, chunk or video.")
+    message: str
+
+
+class Inspection:
+    """One pass over a store; changes nothing. Beside `problems` it remembers what a repair has to take out."""
+
+    def __init__(self, meta: StoreMeta, deep: bool) -> None:
+        self.meta = meta
+        self.deep = deep
+        self.problems: list[Problem] = []
+        self.bytes_checked = 0
+        self.bad_segments: list[int] = []
+        self.bad_shards: list[int] = []
+        self.bad_snapshots: list[str] = []
+        self.orphans: list[Path] = []
+        self.ids: dict[int, list[str]] = {}  # of each good commit
+        self.videos: set[tuple[bytes, int, int, int, int]] = set()  # id, shard, row, n_rows, crc32c of good commits
+
+    def run(self) -> None:
+        """Looks at everything."""
+        planned = self._plan()
+        for shard in committed_shards(self.meta):
+            before = len(self.problems)
+            self._commit(shard, planned)
+            if len(self.problems) > before:
+                self.bad_shards.append(shard)
+        self._orphans()
+        self._snapshots()
+
+    def _report(self, kind: Kind, where: Path | str, message: object) -> None:
+        self.problems.append(Problem(kind=kind, where=str(where), message=str(message)))
+
+    def _plan(self) -> dict[int, set[str]]:
+        """Planned ids by shard; checks that segments follow each other and that the array has room for them."""
+        planned: dict[int, set[str]] = {}
+        for number in segment_numbers(self.meta):
+            try:
+                segment = read_segment(self.meta, number)
+            except VlmDistError as error:
+                self.bad_segments.append(number)
+                self._report("plan", f"plan segment {number}", error)
+                continue
+            if not self.bad_segments and segment.first_shard != len(planned):
+                self._report(
+                    "plan", f"plan segment {number}", f"begins at shard {segment.first_shard}, not {len(planned)}"
+                )
+            planned |= {task.shard: {video.video_id for video in task.videos} for task in segment.tasks}
+        path = self.meta.root / "features" / "zarr.json"
+        shards = max(planned, default=-1) + 1
+        if not self.bad_segments and (not path.exists() or path.read_bytes() != features_json(self.meta, shards)):
+            self._report("metadata", path, f"is not the metadata of {shards} planned shards")
+        return planned
+
+    def _commit(self, shard: int, planned: dict[int, set[str]]) -> None:
+        try:
+            commit = read_commit(self.meta, shard)
+        except VlmDistError as error:
+            self._report("commit", commit_path(self.meta, shard), error)
+            return
+        row = 0
+        for record in commit.videos:
+            where = f"shard {shard}, video {record.video_id}"
+            if not self.bad_segments and record.video_id not in planned.get(shard, ()):
+                self._report("commit", where, "is not planned for this shard")
+            if record.status == "ok":
+                if record.row != row or not record.n_rows:
+                    self._report("commit", where, f"{record.n_rows} rows from {record.row}, expected from {row}")
+                row = record.row + record.n_rows
+        if row != commit.rows or commit.size != (shard_bytes(self.meta, row) if row else 0):
+            self._report("commit", commit_path(self.meta, shard), f"{commit.size} bytes do not fit {row} rows")
+        self._shard(commit)
+        self.ids[shard] = [record.video_id for record in commit.videos]
+        ok = (record for record in commit.videos if record.status == "ok")
+        self.videos.update((r.video_id.encode(), shard, r.row, r.n_rows, r.crc32c) for r in ok)
+
+    def _shard(self, commit: Commit) -> None:
+        staged = staging_path(self.meta, commit.shard, commit.attempt) / "shard"
+        path = staged if staged.exists() else self.meta.shard_path(commit.shard)
+        where = f"shard {commit.shard} ({path})"
+        if not commit.size:
+            return
+        if not path.exists():
+            self._report("shard", where, "is committed, but the file is missing")
+        elif path.stat().st_size != commit.size:
+            self._report("shard", where, f"has {path.stat().st_size:,} bytes, {commit.size:,} were committed")
+        elif self.deep:
+            self.bytes_checked += commit.size
+            self._shard_bytes(commit, path, where)
+
+    def _shard_bytes(self, commit: Commit, path: Path, where: str) -> None:
+        """Checksums of the chunk index, of every chunk, of every video, and of the file."""
+        before = len(self.problems)
+        try:
+            bad = list(bad_chunks(self.meta, path))
+        except VlmDistError as error:
+            self._report("shard", where, error)
+            return
+        spans = [(r.row, r.row + r.n_rows, r) for r in commit.videos if r.status == "ok"]
+        for chunk, why in bad:
+            first, last = chunk * CHUNK_ROWS, (chunk + 1) * CHUNK_ROWS
+            hit = [record.video_id for start, end, record in spans if start < last and end > first]
+            self._report("chunk", f"{where}, chunk {chunk}, video {', '.join(hit) or 'none'}", why)
+        raw = np.memmap(path, np.uint8, "r")
+        for start, end, record in spans:
+            if _rows_crc(self.meta, raw, start, end) != record.crc32c:
+                chunks = f"chunks {start // CHUNK_ROWS} to {(end - 1) // CHUNK_ROWS}"
+                self._report("video", f"video {record.video_id}, {where}, {chunks}", "crc32c differs")
+        if len(self.problems) == before and crc32c(np.asarray(raw)) != commit.crc32c:
+            self._report("shard", where, "crc32c of the file differs from the commit record")
+
+    def _orphans(self) -> None:
+        committed = set(committed_shards(self.meta))
+        for path in sorted((self.meta.root / "features").glob("c/*/0")):
+            if not path.parent.name.isdigit() or int(path.parent.name) not in committed:
+                self.orphans.append(path)
+                self._report("stray", path, "is a shard without a commit record; nobody reads it")
+
+    def _snapshots(self) -> None:
+        names = snapshot_names(self.meta)
+        try:
+            current = current_snapshot(self.meta)
+            if current and current not in names:
+                self._report("index", "CURRENT", f"names snapshot {current}, which is not there")
+        except VlmDistError as error:
+            self._report("index", "CURRENT", error)
+            current = names[-1] if names else ""
+        for name in names:
+            before = len(self.problems)
+            try:
+                index = StoreIndex(self.meta.root, name)
+                self._tables(index)
+                if name == max(names[-1], current):
+                    self._against_commits(index)
+            except (VlmDistError, KeyError, ValueError, UnicodeDecodeError) as error:
+                self._report("index", f"snapshot {name}", error)
+            if any(problem.where.startswith("snapshot") for problem in self.problems[before:]):
+                self.bad_snapshots.append(name)
+
+    def _against_commits(self, index: StoreIndex) -> None:
+        """Every video of the snapshot that readers open must be in a sound commit, as it was committed."""
+        columns = (index.shard, index.row, index.n_rows, index.crc32c)
+        told = zip(index.id_list(), *(column.tolist() for column in columns), strict=True)
+        for key, *place in told:
+            if (key, *place) not in self.videos and place[0] not in self.bad_shards:
+                message = f"is in no commit record as shard, row, rows, crc {place}"
+                self._report("video", f"index {index.name}, video {key.decode()}", message)
+
+    def _tables(self, index: StoreIndex) -> None:
+        """Lengths, pointers, times and token ids of a snapshot; with `deep` every array's checksum."""
+        where = f"snapshot {index.name}"
+        limits = index.n_rows.astype(np.int64) * row_milliseconds(self.meta)
+        pending = index.pending()
+        pieces = index.details["captions"].get("tokenizer_pieces", 0)
+        parts = [("", index.captions, len(index.n_rows), limits)]
+        if pending:
+            parts.append(("pending", pending[1], len(pending[0]), np.full(len(pending[0]), 2**40)))
+        for part, table, videos, limit in parts:
+            if wrong := wrong_captions(table, videos, limit, pieces):
+                self._report("captions", f"{where} {part}".strip(), wrong)
+        if not self.deep:
+            return
+        for part, arrays in (("", index.details["arrays"]), ("pending", index.details["pending"])):
+            for name, info in arrays.items():
+                if check_column(index.folder / part, name, info):
+                    continue
+                self._report("index", f"{where}, array {part}/{name}".replace(" /", " "), "crc32c differs")
+                if name in COLUMNS and not part:
+                    self._damaged_captions(index)
+        folder = index.tokenizer_dir
+        if folder and load_tokenizer(str(folder)).sha256 != index.details["captions"]["tokenizer_sha256"]:
+            self._report("index", f"{where}, tokenizer", "is not the one that made the tokens")
+
+    def _damaged_captions(self, index: StoreIndex) -> None:
+        for video in range(index.num_videos):
+            try:
+                index.check_captions(video)
+            except VlmDistError as error:
+                self._report("captions", f"snapshot {index.name}, video {index.video_id(video)}", error)
+
+
+def wrong_captions(table: CaptionTable, videos: int, limits_ms: np.ndarray, pieces: int) -> str:
+    """What does not fit in a caption table of so many videos; empty where all does."""
+    sizes = (("clip_ptr", len(table.clip_start_ms)), ("tok_ptr", len(table.tokens)), ("text_ptr", len(table.text)))
+    for name, size in sizes:
+        pointers: np.ndarray = getattr(table, name)
+        if len(pointers) != videos + 1 or pointers[0] != 0 or pointers[-1] != size or (np.diff(pointers) < 0).any():
+            return f"{name} does not lead through {videos} videos and {size} entries"
+    for pointers, counts in ((table.tok_ptr, table.clip_ntok), (table.text_ptr, table.clip_ntext)):
+        if not np.array_equal(np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])[table.clip_ptr], pointers):
+            return "the captions' lengths do not add up to the videos' pointers"
+    if (table.clip_start_ms >= table.clip_end_ms).any():
+        return "a caption starts at or after its end"
+    if (table.clip_end_ms > np.repeat(limits_ms, np.diff(table.clip_ptr))).any():
+        return "a caption ends after its video"
+    if len(table.tokens) and int(table.tokens.max()) >= pieces:
+        return f"a token is not one of the tokenizer's {pieces} pieces"
+    return ""
+
+
+def _rows_crc(meta: StoreMeta, raw: np.ndarray, start: int, end: int) -> int:
+    """CRC-32C over rows of a shard file whose chunks lie in order, as `ShardFile` writes them."""
+    crc = 0
+    while start < end:
+        chunk, within = divmod(start, CHUNK_ROWS)
+        take = min(CHUNK_ROWS - within, end - start)
+        at = chunk * (meta.chunk_bytes + CRC_BYTES) + within * meta.row_bytes
+        crc = crc32c(raw[at : at + take * meta.row_bytes], crc)
+        start += take
+    return crc

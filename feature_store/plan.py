@@ -1,0 +1,225 @@
+"""Which videos make which shard: the plan, in segments that are only ever added (videos → features)."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from feature_store.commit import committed_shards, iter_commits
+from feature_store.files import create_exclusive, seal, unseal
+from feature_store.layout import StoreMeta, features_json, open_store, set_shard_count
+from feature_store.records import clean_text
+
+# A HowTo100M video has 390 rows on average, so that 168 of them fill a shard of 65,536 rows.
+MEAN_ROWS = 390
+MAX_VIDEOS = 168
+SHARDS_PER_WORKER = 4
+_SEGMENT = re.compile(r"plan-(\d{3,})\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedVideo:
+    """A video to extract: its id (any UTF-8 string) and where its file is."""
+
+    video_id: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """The unit of work that a worker is given: all videos of one shard, in the order they are staged."""
+
+    shard: int
+    videos: tuple[PlannedVideo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One plan file: its tasks, and the inputs that repeated an id."""
+
+    number: int
+    first_shard: int
+    tasks: tuple[ShardTask, ...]
+    duplicates: tuple[PlannedVideo, ...]
+
+
+def read_plan(meta: StoreMeta) -> list[Segment]:
+    """All segments, oldest first; StoreError where one is damaged."""
+    return [read_segment(meta, number) for number in segment_numbers(meta)]
+
+
+def plan_videos(root: Path, videos: Sequence[PlannedVideo], workers: int) -> list[ShardTask]:
+    """Plans the videos that the store does not know yet, in one new segment, and says what is left to do.
+
+    Videos that overflowed their shard, or that a committed shard has no record of, are planned again too: call this
+    again after the tasks are done (with no videos), until it returns none.
+
+    Args:
+        root: the store.
+        videos: may repeat what is planned or committed already. Of several with one id the first counts; each
+            further one is recorded with the plan (reason `duplicate` in `failures`).
+        workers: shards hold at most 168 videos, and fewer where each worker would else have less than 4 shards.
+
+    Returns:
+        Every task, of this and older segments, whose shard is not committed. A video's path is the one given now, or
+        else the planned one: a corpus may move between two runs.
+    """
+    meta = open_store(root)
+    given, repeated = _first_and_further(videos)
+    while True:
+        segments = read_plan(meta)
+        tasks = [task for segment in segments for task in segment.tasks]
+        new = _unplanned(meta, tasks, given)
+        duplicates = _unrecorded(segments, repeated)
+        if not new and not duplicates:
+            break
+        added = _group(meta, new, workers, len(tasks))
+        number = segments[-1].number + 1 if segments else 0
+        if _create_segment(meta, Segment(number, len(tasks), added, duplicates)):
+            tasks.extend(added)
+            break
+    _fit_array(meta)
+    done = set(committed_shards(meta))
+    return [_with_paths(task, given) for task in tasks if task.shard not in done]
+
+
+def anything_to_do(root: Path, videos: Sequence[PlannedVideo]) -> bool:
+    """Whether `plan_videos` would return tasks or record a further duplicate; changes nothing."""
+    meta = open_store(root)
+    segments = read_plan(meta)
+    tasks = [task for segment in segments for task in segment.tasks]
+    given, repeated = _first_and_further(videos)
+    done = set(committed_shards(meta))
+    return (
+        any(task.shard not in done for task in tasks)
+        or bool(_unrecorded(segments, repeated))
+        or bool(_unplanned(meta, tasks, given))
+    )
+
+
+def planned_shards(meta: StoreMeta) -> int:
+    """Shards of all segments; reads the last one only."""
+    numbers = segment_numbers(meta)
+    if not numbers:
+        return 0
+    last = read_segment(meta, numbers[-1])
+    return last.first_shard + len(last.tasks)
+
+
+def _first_and_further(videos: Sequence[PlannedVideo]) -> tuple[dict[str, str], Counter[PlannedVideo]]:
+    """Path by id of the first of each id, and all inputs that repeat one."""
+    given: dict[str, str] = {}
+    repeated: Counter[PlannedVideo] = Counter()
+    for video in videos:
+        clean = PlannedVideo(str(clean_text(video.video_id)), video.path)
+        if clean.video_id in given:
+            repeated[clean] += 1
+        else:
+            given[clean.video_id] = clean.path
+    return given, repeated
+
+
+def _unrecorded(segments: Sequence[Segment], repeated: Counter[PlannedVideo]) -> tuple[PlannedVideo, ...]:
+    """Inputs that repeat an id and are not in the plan yet."""
+    known = Counter(video for segment in segments for video in segment.duplicates)
+    return tuple((repeated - known).elements())
+
+
+def _unplanned(meta: StoreMeta, tasks: Sequence[ShardTask], given: dict[str, str]) -> list[PlannedVideo]:
+    """Videos that need a (further) place: new ones, and those that their committed shard did not take."""
+    waiting = {video.video_id: (task.shard, video.path) for task in tasks for video in task.videos}
+    planned = set(waiting)
+    settled: set[str] = set()
+    missing: set[str] = set()
+    committed: set[int] = set()
+    for commit in iter_commits(meta):
+        committed.add(commit.shard)
+        settled.update(record.video_id for record in commit.videos if record.status != "overflow")
+        missing.update(record.video_id for record in commit.videos if record.reason == "missing")
+        missing.difference_update(record.video_id for record in commit.videos if record.reason != "missing")
+    # A file that was not there (a disk that was not mounted) has its turn once it is.
+    settled -= {video_id for video_id in missing if Path(given.get(video_id, "")).is_file()}
+    again = [
+        PlannedVideo(video_id, given.get(video_id, path))
+        for video_id, (shard, path) in waiting.items()
+        if shard in committed and video_id not in settled
+    ]
+    return again + [PlannedVideo(i, path) for i, path in given.items() if i not in planned and i not in settled]
+
+
+def _group(meta: StoreMeta, videos: Sequence[PlannedVideo], workers: int, first: int) -> tuple[ShardTask, ...]:
+    """Even shares of at most as many videos as fill a shard."""
+    most = min(MAX_VIDEOS, max(1, meta.rows_per_shard // MEAN_ROWS))
+    share = max(1, min(most, len(videos) // (SHARDS_PER_WORKER * max(1, workers))))
+    count = -(-len(videos) // share)
+    bounds = [len(videos) * k // count for k in range(count + 1)] if count else [0]
+    return tuple(ShardTask(first + k, tuple(videos[bounds[k] : bounds[k + 1]])) for k in range(count))
+
+
+def rebuild_segment(meta: StoreMeta, number: int, commits: Mapping[int, Sequence[str]], shards: int) -> None:
+    """Replaces a damaged segment by what the commit records say; a repair's last resort.
+
+    Videos of it that are not committed are forgotten: the next extraction that is given them plans them again.
+
+    Args:
+        meta: the store.
+        number: of the segment.
+        commits: ids of each committed shard.
+        shards: shards of the whole plan.
+    """
+    path, intact = _segment_path(meta, number), [n for n in segment_numbers(meta) if n != number]
+    bounds = {n: read_segment(meta, n) for n in intact if abs(n - number) == 1}
+    first = bounds[number - 1].first_shard + len(bounds[number - 1].tasks) if number - 1 in bounds else 0
+    last = bounds[number + 1].first_shard if number + 1 in bounds else shards
+    tasks = tuple(
+        ShardTask(shard, tuple(PlannedVideo(video_id, "") for video_id in commits.get(shard, ())))
+        for shard in range(first, last)
+    )
+    path.replace(meta.voided / path.name)
+    _create_segment(meta, Segment(number, first, tasks, ()))
+
+
+def _create_segment(meta: StoreMeta, segment: Segment) -> bool:
+    """Writes the plan file; whoever loses the race for the number must plan anew on what the winner wrote."""
+    body = {
+        "segment": segment.number,
+        "first_shard": segment.first_shard,
+        "shards": [[[video.video_id, video.path] for video in task.videos] for task in segment.tasks],
+        "duplicates": [[video.video_id, video.path] for video in segment.duplicates],
+    }
+    return create_exclusive(_segment_path(meta, segment.number), seal(body), meta.staging)
+
+
+def _segment_path(meta: StoreMeta, number: int) -> Path:
+    return meta.plans / f"plan-{number:03d}.json"
+
+
+def segment_numbers(meta: StoreMeta) -> list[int]:
+    """Numbers of the plan files."""
+    matches = (_SEGMENT.fullmatch(path.name) for path in meta.plans.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def read_segment(meta: StoreMeta, number: int) -> Segment:
+    """One plan file; StoreError where it is damaged."""
+    body = unseal(_segment_path(meta, number))
+    first = body["first_shard"]
+    tasks = (
+        ShardTask(first + k, tuple(PlannedVideo(*video) for video in videos)) for k, videos in enumerate(body["shards"])
+    )
+    return Segment(number, first, tuple(tasks), tuple(PlannedVideo(*video) for video in body["duplicates"]))
+
+
+def _fit_array(meta: StoreMeta) -> None:
+    """Grows the features array to the plan. Two planners may do so at once: the last to write looks once more."""
+    path = meta.root / "features" / "zarr.json"
+    while True:
+        shards = planned_shards(meta)
+        if path.exists() and path.read_bytes() == features_json(meta, shards):
+            return
+        set_shard_count(meta, shards)
+
+
+def _with_paths(task: ShardTask, given: dict[str, str]) -> ShardTask:
+    return ShardTask(task.shard, tuple(PlannedVideo(v.video_id, given.get(v.video_id, v.path)) for v in task.videos))

@@ -1,0 +1,257 @@
+"""Commit records and captions → a new immutable index snapshot, and the swap of CURRENT (features, captions → index).
+
+A snapshot is numbered, names its parent, is built aside and appears by one rename that only one builder can win; who
+loses builds again on the winner's, so that no update is lost. Captions of videos that have no features (yet) are kept
+in the snapshot's `pending` part and join their video as soon as its features are committed.
+"""
+
+import errno
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feature_store.arrays import ArrayInfo, write_column
+from feature_store.caption_table import CaptionTable, TableWriter, pack_ids
+from feature_store.commit import iter_commits, roll_forward, sweep_staging
+from feature_store.files import disk_guard, fsync_dir, replace_file, seal, write_durable
+from feature_store.index import STATUS_OK, StoreIndex, current_line
+from feature_store.layout import StoreMeta, open_store, scratch_name
+
+_SHARDING = {"shard", "row"}  # where rows lie does not change what they are: not in the fingerprint
+
+
+@dataclass(frozen=True)
+class VideoColumns:
+    """The videos with features, sorted by id, and the count of the others by reason."""
+
+    ids: list[bytes]
+    shard: np.ndarray
+    row: np.ndarray
+    n_rows: np.ndarray
+    crc32c: np.ndarray
+    failed: dict[str, int]
+
+    def same(self, other: "VideoColumns") -> bool:
+        """Whether nothing changed."""
+        columns = ((self.shard, other.shard), (self.row, other.row), (self.n_rows, other.n_rows))
+        return (
+            self.failed == other.failed
+            and self.ids == other.ids
+            and all(np.array_equal(a, b) for a, b in (*columns, (self.crc32c, other.crc32c)))
+        )
+
+
+@dataclass(frozen=True)
+class Captions:
+    """All captions that a snapshot is to hold: tables with the ids of their videos, and how they were made."""
+
+    tables: Sequence[tuple[Sequence[bytes], CaptionTable]] = ()  # of an id in several tables the first counts
+    tokenizer: Path | None = None
+    token_dtype: str = "uint16"
+    details: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def finalise(root: Path) -> str:
+    """Publishes every committed shard and writes a snapshot of all of it, with the captions of the one before.
+
+    Safe to run again, by several at once and while an extraction is at work; does nothing where nothing changed.
+
+    Returns:
+        The name of the snapshot that CURRENT names now.
+
+    Raises:
+        StoreError: a damaged record or snapshot, or a committed shard that is missing; a full disk.
+    """
+    meta = open_store(root)
+
+    def build(parent: StoreIndex | None) -> tuple[VideoColumns, Captions] | None:
+        videos = committed_videos(meta)  # after the parent was chosen, so that it holds all that the parent does
+        if parent and videos.same(snapshot_videos(parent)):
+            return None
+        return videos, snapshot_captions(parent)
+
+    name = update_snapshot(meta, build)
+    sweep_staging(meta)
+    return name
+
+
+def update_snapshot(meta: StoreMeta, build: Callable[[StoreIndex | None], tuple[VideoColumns, Captions] | None]) -> str:
+    """Writes what `build` makes of the newest snapshot as the next one; None keeps the newest."""
+    while True:
+        name = f"{_last_number(meta) + 1:06d}"  # before the parent is chosen: a snapshot in between takes this number
+        newest = point_current(meta)
+        parent = StoreIndex(meta.root, newest) if newest else None
+        draft = build(parent)
+        if draft is None:
+            return newest
+        staged = meta.staging / scratch_name("snapshot")
+        try:
+            with disk_guard(meta.snapshots / name, _size(*draft)):
+                _write(meta, staged, newest, *draft)
+                staged.rename(meta.snapshots / name)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            continue  # another builder took the number: build on its snapshot
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        fsync_dir(meta.snapshots)
+        return point_current(meta)
+
+
+def point_current(meta: StoreMeta) -> str:
+    """Makes CURRENT name the newest snapshot (a kill or a race may have left an older name); its name, or empty."""
+    while True:
+        names = snapshot_names(meta)
+        if not names or _current_is(meta, names[-1]):
+            return names[-1] if names else ""
+        replace_file(meta.root / "CURRENT", current_line(names[-1]), meta.staging)
+
+
+def snapshot_names(meta: StoreMeta) -> list[str]:
+    """Names of all snapshots, oldest first."""
+    return sorted((path.name for path in meta.snapshots.iterdir() if path.name.isdigit()), key=int)
+
+
+def committed_videos(meta: StoreMeta) -> VideoColumns:
+    """Rolls every commit forward and collects its videos; of a video in two shards the later one counts."""
+    ids: list[bytes] = []
+    parts: list[np.ndarray] = []
+    reasons: dict[bytes, str] = {}
+    for commit in iter_commits(meta):
+        roll_forward(meta, commit)
+        ok = [record for record in commit.videos if record.status == "ok"]
+        ids.extend(record.video_id.encode() for record in ok)
+        parts.append(np.array([(commit.shard, r.row, r.n_rows, r.crc32c) for r in ok], np.uint32).reshape(-1, 4))
+        reasons.update((r.video_id.encode(), r.reason) for r in commit.videos if r.status == "failed")
+    latest = {video_id: number for number, video_id in enumerate(ids)}
+    order = sorted(latest)
+    rows = np.concatenate([*parts, np.empty((0, 4), np.uint32)])[[latest[video_id] for video_id in order]]
+    failed = Counter(reason for video_id, reason in reasons.items() if video_id not in latest)
+    return VideoColumns(order, *rows.T.copy(), failed=dict(sorted(failed.items())))
+
+
+def row_milliseconds(meta: StoreMeta) -> int:
+    """Time that one feature row covers (1,000 ms at 30 frames per row and 30 fps)."""
+    return round(1000 * meta.provenance.window / meta.provenance.fps)
+
+
+def snapshot_videos(index: StoreIndex) -> VideoColumns:
+    """The videos of a snapshot."""
+    return VideoColumns(
+        index.id_list(), index.shard, index.row, index.n_rows, index.crc32c, failed=index.details["failed"]
+    )
+
+
+def snapshot_captions(index: StoreIndex | None) -> Captions:
+    """The captions of a snapshot, to be carried over."""
+    if index is None or index.tokenizer_dir is None:
+        return Captions()
+    pending = index.pending()
+    tables = [(index.id_list(), index.captions), *([pending] if pending else [])]
+    return Captions(tables, index.tokenizer_dir, index.tokens.dtype.name, index.details["captions"])
+
+
+def _write(meta: StoreMeta, folder: Path, parent: str, videos: VideoColumns, captions: Captions) -> None:
+    """Writes a whole snapshot, durably, into a folder of its own."""
+    group = json.dumps({"zarr_format": 3, "node_type": "group"}).encode()
+    (folder / "pending").mkdir(parents=True)
+    write_durable(folder / "zarr.json", group)
+    row_ms = row_milliseconds(meta)
+    place = {
+        key: (t, row) for t, (keys, _) in reversed(list(enumerate(captions.tables))) for row, key in enumerate(keys)
+    }
+    counts: Counter[str] = Counter()
+
+    writer = TableWriter(folder, captions.token_dtype)
+    for key, n_rows in zip(videos.ids, videos.n_rows.tolist(), strict=True):
+        found = place.pop(key, None)
+        given = captions.tables[found[0]][1].video(found[1]) if found else None
+        kept = given.within(n_rows * row_ms) if given else None
+        if given and kept is not None and kept is not given:
+            counts["outside"] += len(given.start_ms) - len(kept.start_ms)
+            counts["clipped"] += int((given.end_ms > n_rows * row_ms).sum()) - (
+                len(given.start_ms) - len(kept.start_ms)
+            )
+        writer.append(kept)
+    arrays = writer.finish() | _write_ids(folder, videos.ids)
+    for name, column in (("shard", videos.shard), ("row", videos.row), ("n_rows", videos.n_rows)):
+        arrays[name] = write_column(folder, name, column)
+    arrays["crc32c"] = write_column(folder, "crc32c", videos.crc32c)
+    arrays["status"] = write_column(folder, "status", np.full(len(videos.ids), STATUS_OK, np.uint8))
+
+    pending: dict[str, ArrayInfo] = {}
+    waiting = sorted(key for key, (t, row) in place.items() if _has_captions(captions.tables[t][1], row))
+    if waiting:
+        writer = TableWriter(folder / "pending", captions.token_dtype)
+        for key in waiting:
+            table, row = place[key]
+            writer.append(captions.tables[table][1].video(row))
+        pending = writer.finish() | _write_ids(folder / "pending", waiting)
+        write_durable(folder / "pending" / "zarr.json", group)
+        fsync_dir(folder / "pending")
+    else:
+        (folder / "pending").rmdir()
+
+    details = dict(captions.details)
+    if captions.tokenizer:
+        shutil.copytree(captions.tokenizer, folder / "tokenizer")
+        for path in (folder / "tokenizer").iterdir():
+            write_durable(path, path.read_bytes())
+        fsync_dir(folder / "tokenizer")
+        details |= {name: details.get(name, 0) + counts[name] for name in ("outside", "clipped")}
+    body = {
+        "parent": parent or None,
+        "arrays": arrays,
+        "pending": pending,
+        "failed": videos.failed,
+        "captions": details,
+        "fingerprint": _fingerprint(meta, arrays, details.get("tokenizer_sha256", "")),
+    }
+    write_durable(folder / "snapshot.json", seal(body))
+    fsync_dir(folder)
+
+
+def _has_captions(table: CaptionTable, row: int) -> bool:
+    return bool(table.clip_ptr[row + 1] > table.clip_ptr[row])
+
+
+def _write_ids(folder: Path, ids: Sequence[bytes]) -> dict[str, ArrayInfo]:
+    raw, ptr = pack_ids(ids)
+    return {
+        "video_id": write_column(folder, "video_id", raw),
+        "video_id_ptr": write_column(folder, "video_id_ptr", ptr),
+    }
+
+
+def _fingerprint(meta: StoreMeta, arrays: dict[str, ArrayInfo], tokenizer_sha256: str) -> str:
+    """Hash of what the snapshot says: the arrays' checksums, provenance and tokenizer."""
+    content = {name: info for name, info in arrays.items() if name not in _SHARDING}
+    told = [content, meta.provenance.model_dump(mode="json"), tokenizer_sha256]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _last_number(meta: StoreMeta) -> int:
+    """The highest number that a snapshot has or had (a repair may have taken the newest out)."""
+    gone = (path.name.removeprefix("snapshot-") for path in meta.voided.glob("snapshot-*"))
+    return max(map(int, [*snapshot_names(meta), *gone]), default=0)
+
+
+def _current_is(meta: StoreMeta, name: str) -> bool:
+    try:
+        return (meta.root / "CURRENT").read_bytes() == current_line(name)
+    except FileNotFoundError:
+        return False
+
+
+def _size(videos: VideoColumns, captions: Captions) -> int:
+    """Bytes that a snapshot needs, roughly: its columns, and a block for each of its files and folders."""
+    columns = (column for _, table in captions.tables for column in (table.clip_start_ms, table.tokens, table.text))
+    return sum(map(len, videos.ids)) + 64 * len(videos.ids) + 4 * sum(column.nbytes for column in columns) + 64 * 4096

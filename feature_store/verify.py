@@ -1,0 +1,91 @@
+"""Is a store sound, and if not, mend it (any store → a report): `vlm-dist store verify [--deep] [--repair]`."""
+
+import shutil
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from feature_store.commit import committed_shards, read_commit, roll_forward, void
+from feature_store.files import fsync_dir
+from feature_store.index import StoreIndex
+from feature_store.inspection import Inspection, Problem
+from feature_store.layout import open_store, set_shard_count
+from feature_store.plan import planned_shards, rebuild_segment
+from feature_store.snapshot import finalise, snapshot_names
+
+
+class VerifyReport(BaseModel):
+    """What was looked at and what is wrong with it; after a repair, what is still wrong."""
+
+    model_config = ConfigDict(frozen=True)
+
+    problems: list[Problem]
+    videos: int = Field(description="Videos with features, by the commit records.")
+    shards: int = Field(description="Committed shards.")
+    bytes_checked: int = Field(description="Bytes of features whose checksums were compared (deep).")
+    repaired: list[str] = Field(description="What a repair did.")
+
+
+def verify_store(root: Path, deep: bool = False, repair: bool = False) -> VerifyReport:
+    """Checks a whole store.
+
+    Args:
+        root: the store.
+        deep: also reads every byte and compares all checksums.
+        repair: mends what was found (see `repair_store`) and checks again. Only while nobody writes.
+
+    Raises:
+        StoreError: there is no store, or its zarr.json itself is damaged.
+    """
+    inspection = Inspection(open_store(root), deep)
+    inspection.run()
+    repaired = repair_store(inspection) if repair else []
+    if repair:
+        inspection = Inspection(inspection.meta, deep)
+        inspection.run()
+    return VerifyReport(
+        problems=inspection.problems,
+        videos=len({key for key, *_ in inspection.videos}),
+        shards=len(committed_shards(inspection.meta)),
+        bytes_checked=inspection.bytes_checked,
+        repaired=repaired,
+    )
+
+
+def repair_store(inspection: Inspection) -> list[str]:
+    """Mends what an inspection found, and says what it did. Only while nobody writes to the store.
+
+    Nothing is deleted but unfinished attempts: what is taken out lies in `_voided`, and its videos are given out again
+    by the next extraction. Captions of videos that are taken out wait for them.
+    """
+    meta = inspection.meta
+    done: list[str] = []
+    for shard in inspection.bad_shards:
+        void(meta, shard)
+        done.append(f"voided shard {shard}: extract again to make its videos anew")
+    for path in inspection.orphans:
+        path.replace(meta.voided / f"orphan-{path.parent.name}.{len(list(meta.voided.iterdir()))}.shard")
+        done.append(f"took out {path}, which no commit record names")
+    for name in inspection.bad_snapshots:
+        (meta.snapshots / name).replace(meta.voided / f"snapshot-{name}")
+        done.append(f"took out damaged snapshot {name}")
+    if inspection.bad_snapshots:
+        fsync_dir(meta.snapshots)
+        left = [name for name in snapshot_names(meta) if StoreIndex(meta.root, name).tokenizer_dir]
+        done.append(f"captions are those of snapshot {left[-1]}" if left else "no captions are left: write them again")
+    for number in inspection.bad_segments:
+        shards = max(inspection.ids, default=-1) + 1
+        rebuild_segment(meta, number, inspection.ids, shards)
+        done.append(f"rebuilt plan segment {number} from the commit records: give the videos to extract again")
+    published = (shard for shard in committed_shards(meta) if roll_forward(meta, read_commit(meta, shard)))
+    done.extend(f"published shard {shard}" for shard in published)
+    for path in meta.staging.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        done.append(f"removed unfinished {path.name}")
+    if any(problem.kind == "metadata" for problem in inspection.problems) or inspection.bad_segments:
+        set_shard_count(meta, planned_shards(meta))
+        done.append("wrote features/zarr.json anew")
+    before = snapshot_names(meta)
+    if (name := finalise(meta.root)) not in before:
+        done.append(f"wrote snapshot {name}")
+    return done

@@ -1,0 +1,157 @@
+"""Features of many videos → one committed shard: the attempt of one task (videos → features).
+
+Any number of attempts may work on the same shard at once, on any machines that share the folder, and any of them may be
+killed at any moment: exactly one wins, whole (store facts 5.2).
+"""
+
+import contextlib
+import os
+import shutil
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from feature_store.commit import Commit, commit_path, create_record, read_commit, roll_forward, staging_path
+from feature_store.files import crc32c, disk_guard, fsync_dir
+from feature_store.layout import open_store
+from feature_store.records import VideoRecord
+from feature_store.shard import ShardFile, shard_bytes
+from vlm_dist.errors import StoreError
+
+
+class ShardAttempt:
+    """Stages a shard video by video and commits it once; a context manager that abandons what was not committed."""
+
+    def __init__(self, root: Path, task_shard: int) -> None:
+        self._meta = open_store(root)
+        self._shard = task_shard
+        self._attempt = uuid.uuid4().hex
+        self._folder = staging_path(self._meta, task_shard, self._attempt)
+        self._path = self._folder / "shard"
+        with disk_guard(self._path, 4096):
+            self._folder.mkdir()
+            self._file = self._path.open("wb")
+        self._rows = ShardFile(self._meta, self._file)
+        self._records: dict[str, VideoRecord] = {}
+        self._broken = False
+
+    def add(self, record: VideoRecord, features: np.ndarray | None) -> VideoRecord:
+        """Stages one video.
+
+        Args:
+            record: status `ok` with features, or `failed` with a reason and None.
+            features: (n, F) float16, one row per second.
+
+        Returns:
+            The record as it will be committed: with rows and crc32c; `overflow` where the shard is too full for it
+            (the next plan gives the video out again); `failed` with reason `too_long` where no shard could hold it.
+
+        Raises:
+            StoreError: features that no encoder gives (not finite, all zero, another shape or type), or a full disk.
+        """
+        assert record.video_id not in self._records, f"video {record.video_id} was added twice to shard {self._shard}"
+        assert (record.status == "ok") == (features is not None), "exactly the videos with status ok have features"
+        if features is not None:
+            record = self._stage(record, features)
+        self._records[record.video_id] = record
+        return record
+
+    def commit(self) -> bool:
+        """Makes the attempt the shard's content, durably; False if another attempt was first (this one is deleted).
+
+        Raises:
+            StoreError: a full disk, or the winning record is damaged.
+        """
+        self._require_whole()
+        with disk_guard(self._path, shard_bytes(self._meta, self._rows.rows)):
+            if self._rows.rows:
+                self._rows.finish()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        commit = Commit(
+            shard=self._shard,
+            attempt=self._attempt,
+            size=self._rows.size,
+            crc32c=self._rows.crc32c,
+            rows=self._rows.rows,
+            videos=tuple(self._records.values()),
+        )
+        try:
+            fsync_dir(self._folder)
+            fsync_dir(self._meta.staging)
+            won = create_record(self._meta, commit)
+        except FileNotFoundError:  # our staging was swept, because another attempt had won
+            if not commit_path(self._meta, self._shard).exists():
+                raise StoreError(
+                    f"the staged shard {self._folder} was deleted while it was written: "
+                    "run no repair while an extraction is at work, and run the extraction again"
+                ) from None
+            won = False
+        if won:
+            roll_forward(self._meta, commit)
+        else:
+            roll_forward(self._meta, read_commit(self._meta, self._shard))
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return won
+
+    def abandon(self) -> None:
+        """Deletes what was staged, unless it is committed."""
+        with contextlib.suppress(OSError):  # a full disk: what is buffered is not wanted any more
+            self._file.close()
+        try:
+            committed = read_commit(self._meta, self._shard).attempt == self._attempt
+        except FileNotFoundError:
+            committed = False
+        if not committed:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abandon()
+
+    def _stage(self, record: VideoRecord, features: np.ndarray) -> VideoRecord:
+        where = f"video {record.video_id} (shard {self._shard})"
+        meta = self._meta
+        if features.ndim != 2 or features.shape[1] != meta.feature_dim or features.dtype != np.float16:
+            raise StoreError(
+                f"features of {where} are {features.dtype} {features.shape}; this store takes float16 "
+                f"(seconds, {meta.feature_dim})"
+            )
+        if not len(features) or not np.isfinite(features).all() or not features.any():
+            raise StoreError(
+                f"features of {where} are empty, not finite or all zero: the encoder or its input is broken"
+            )
+        if len(features) > meta.rows_per_shard:
+            message = f"{len(features)} seconds; a shard of this store holds {meta.rows_per_shard}"
+            return record.model_copy(update={"status": "failed", "reason": "too_long", "message": message})
+        if self._rows.rows + len(features) > meta.rows_per_shard:
+            return record.model_copy(update={"status": "overflow"})
+        self._require_whole()
+        rows = np.ascontiguousarray(features, "<f2")
+        row = self._rows.rows
+        self._broken = True  # until all of it is written: half a video must never be followed by another
+        with disk_guard(self._path, shard_bytes(meta, row + len(rows))):
+            self._rows.append(rows)
+        self._broken = False
+        return record.model_copy(update={"row": row, "n_rows": len(rows), "crc32c": crc32c(rows)})
+
+    def _require_whole(self) -> None:
+        if self._broken:
+            raise StoreError(f"an earlier write to {self._path} failed: abandon this attempt and start another")
+
+
+def shard_done(root: Path, shard: int) -> bool:
+    """True if a shard is committed (published too, on return): whoever was given its task has nothing to do."""
+    meta = open_store(root)
+    if not commit_path(meta, shard).exists():
+        return False
+    roll_forward(meta, read_commit(meta, shard))
+    return True
