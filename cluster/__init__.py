@@ -1,0 +1,1 @@
+"""Where work runs: Ray, machine resources, the workspace's MLflow server, the doctor."""

@@ -1,0 +1,103 @@
+"""What this machine and a Ray cluster have, and whether what was asked for can ever fit."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+from vlm_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This machine as a run may use it (container limits respected)."""
+
+    cpus: int
+    memory_gib: float
+    gpus: tuple[str, ...]
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{self.gpus.count(name)} x {name}" for name in dict.fromkeys(self.gpus)) or "no GPU"
+        return f"{kinds}, {self.cpus} CPUs, {self.memory_gib:.0f} GiB"
+
+
+@cache
+def this_machine() -> Machine:
+    """CPUs, memory and GPUs of this machine, without importing torch."""
+    return Machine(_cpus(), _memory_bytes() / 2**30, _gpus())
+
+
+@dataclass(frozen=True)
+class NodeResources:
+    """CPUs and GPUs of one Ray node."""
+
+    cpus: float
+    gpus: float
+
+
+def check_request(have: list[NodeResources], nodes: int, gpus_per_node: int, workers: int) -> None:
+    """Refuse a request for training workers that can never fit.
+
+    Args:
+        have: The nodes of the cluster (`ray_nodes()`).
+        nodes: Machines asked for.
+        gpus_per_node: GPUs asked for on each; 0 trains on CPUs.
+        workers: CPU workers asked for in all when `gpus_per_node` is 0.
+
+    Raises:
+        ConfigError: What is there, and what to type.
+    """
+    cpus, gpus = sum(node.cpus for node in have), sum(node.gpus for node in have)
+    place = "this machine has" if len(have) == 1 else f"the {len(have)} nodes of the cluster have"
+    there = f"{place} {gpus:g} GPUs and {cpus:g} CPUs"
+    if nodes < 1 or gpus_per_node < 0 or workers < 0:
+        raise ConfigError(f"--nodes {nodes} --gpus {gpus_per_node} --workers {workers}: give at least one node")
+    if gpus_per_node == 0:
+        if workers > cpus:
+            raise ConfigError(f"{workers} workers need {workers} CPUs, and {there}; type `--workers {cpus:g}`")
+        return
+    fitting = [node for node in have if node.gpus >= gpus_per_node]
+    if len(fitting) >= nodes:
+        return
+    if gpus == 0:
+        instead = f"type `--gpus 0 --workers {min(2, int(cpus)) or 1}` to train on CPUs (small models only)"
+    else:
+        most = max(int(node.gpus) for node in have)
+        per_node = min(gpus_per_node, most)
+        instead = f"type `--nodes {sum(node.gpus >= per_node for node in have)} --gpus {per_node}`"
+    asked = f"{nodes} node{'s' * (nodes != 1)} with {gpus_per_node} GPUs each"
+    raise ConfigError(f"asked for {asked}, and {there}; {instead}, or set cluster.ray_address to a larger cluster")
+
+
+def _cpus() -> int:
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            allowed = min(allowed, max(1, int(limit) // int(period)))
+    return allowed
+
+
+def _memory_bytes() -> int:
+    total = psutil.virtual_memory().total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        total = min(total, int(text))
+    return total
+
+
+def _gpus() -> tuple[str, ...]:
+    """Names of the NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not shutil.which("nvidia-smi"):
+        return ()
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    names = answer.stdout.split("\n") if answer.returncode == 0 else []
+    names = [name.strip() for name in names if name.strip()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(names if visible is None else names[: len(visible.split(","))])

@@ -1,0 +1,1 @@
+"""What runs: tracked runs in MLflow, their list, their comparison with the paper."""
