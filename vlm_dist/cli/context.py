@@ -1,0 +1,114 @@
+"""What every command of the data's way begins with: settings, a tracked run, training events shown and logged."""
+
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_dist.cli.output import Progress, print_warning, progress
+from vlm_dist.config import Resolved, Settings, load_settings
+from vlm_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jobs.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Context:
+    """A workspace and its resolved settings."""
+
+    resolved: Resolved
+
+    @classmethod
+    def open(cls, workspace: Path, overrides: list[str] | None, flags: Mapping[str, Any] | None = None) -> "Context":
+        """Resolve the settings of a command line."""
+        return cls(load_settings(workspace, overrides, flags))
+
+    @property
+    def settings(self) -> Settings:
+        """The resolved settings."""
+        return self.resolved.settings
+
+    @property
+    def store(self) -> Path:
+        """The workspace's feature store."""
+        return Path(self.settings.store)
+
+    @property
+    def runs(self) -> Path:
+        """Folder of training runs."""
+        return Path(self.settings.runs)
+
+    def require_store(self, store: Path | None = None) -> Path:
+        """The store, if it is there. Errors: ConfigError that says how to make one."""
+        store = store or self.store
+        if not store.exists():
+            raise ConfigError(
+                f"there is no feature store at {store}; make one with `vlm-dist extract VIDEOS --store {store}`"
+            )
+        return store
+
+    @contextmanager
+    def tracked(self, kind: str, **options: Any) -> Generator["Tracker"]:
+        """A run in MLflow, on the workspace's own server or the configured one, for the block."""
+        from cluster.mlflow_server import tracking_server
+        from jobs.tracking import tracked_run
+
+        with (
+            tracking_server(self.settings.cluster, self.resolved.folder) as uri,
+            tracked_run(uri, kind=kind, params=self.settings.flat(), **options) as tracker,
+        ):
+            tracker.text(self.resolved_json(), "config.resolved.json")
+            yield tracker
+
+    def resolved_json(self) -> str:
+        """The settings as JSON text."""
+        return self.settings.model_dump_json(indent=1)
+
+
+class TrainingView:
+    """Events of a training run -> one progress line, the run's metrics, and a few lines worth keeping."""
+
+    def __init__(self, title: str, tracker: "Tracker") -> None:
+        self.title = title
+        self.tracker = tracker
+        self._stack = ExitStack()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> "TrainingView":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def __call__(self, kind: str, payload: Any) -> None:
+        """Take one event of `vlm_dist.train.ray_trainer.run_training`."""
+        if kind == "plan" and self._bar is None:
+            self._bar = self._stack.enter_context(progress(self.title, payload["steps"], "steps"))
+        elif kind == "step":
+            self.tracker.metrics(payload.values, payload.step)
+            if self._bar:
+                self._bar.update(payload.step, self._note(payload))
+        elif kind == "validation":
+            values = {key: value for key, value in payload.items() if key != "step"}
+            self.tracker.metrics(values, int(payload["step"]))
+        elif kind == "checkpoint":
+            self.tracker.tags({"vlm_dist.training_checkpoint": payload})
+        elif kind == "resumed":
+            print_warning(f"going on from step {payload['step']} ({payload['path']})")
+        elif kind == "warning":
+            print_warning(payload)
+
+    @staticmethod
+    def _note(report: Any) -> str:
+        values = report.values
+        parts = [f"loss {values['train/loss']:.3f}"]
+        if "train/text_accuracy" in values:
+            parts.append(
+                f"words {values['train/text_accuracy']:.0%}, frames {values['train/video_accuracy']:.0%} right"
+            )
+        if "train/clips_per_s" in values:
+            parts.append(f"{values['train/clips_per_s']:.0f} clips/s")
+        parts.append(f"lr {values['train/lr']:.1e}")
+        return ", ".join(parts)

@@ -1,0 +1,114 @@
+"""`vlm-dist evaluate TASK`: a model and annotations -> metrics, predictions, pictures."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlm_dist.cli.context import Context
+from vlm_dist.cli.models import origin_tags, resolve_model, warn_of_seen_videos
+from vlm_dist.cli.options import HERE, Annotations, Json, Overrides, Source, TaskName, TaskStore, Workspace
+from vlm_dist.cli.output import print_json, print_table, prose_on_stderr
+from vlm_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlm_dist.eval.evaluate import EvaluationResult
+
+
+def evaluate(
+    task: TaskName,
+    source: Source = None,
+    data: Annotations = None,
+    store: TaskStore = None,
+    zero_shot: Annotated[
+        bool, typer.Option("--zero-shot", help="Take the newest pre-trained model, not fine-tuned.")
+    ] = False,
+    workspace: Workspace = HERE,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on a task's test split.
+
+    Without --from, the newest fine-tuned model of the task is taken, or with --zero-shot the newest pre-trained one.
+
+    \b
+    Examples:
+      vlm-dist evaluate retrieval --data clips.jsonl
+      vlm-dist evaluate retrieval --data MSRVTT_JSFUSION_test.csv --zero-shot --json
+    """
+    context = Context.open(workspace, overrides, {"store": store, f"data.{task}.data": data})
+    with prose_on_stderr(as_json):
+        result = run_evaluate(context, task, source, zero_shot=zero_shot)
+    if as_json:
+        print_json(result)
+    else:
+        print_metrics(task, result["metrics"])
+
+
+def run_evaluate(context: Context, task: str, source: str | None = None, *, zero_shot: bool = False) -> dict[str, Any]:
+    """Evaluate as a tracked run; returns metrics and where the files are."""
+    from feature_store.reader import FeatureReader
+
+    data, store = task_data(context, task), task_store(context, task)
+    fingerprint = FeatureReader(store).index.fingerprint
+    kind, of = ("pretrain", "") if zero_shot else ("finetune", task)
+    model = resolve_model(context, source, store, context.runs / f".init-{task}", kind, of)
+    seen = warn_of_seen_videos(model, data)
+    folder = context.runs / f"evaluate-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    tags = {"vlm_dist.store_fingerprint": fingerprint} | origin_tags(model)
+    tags |= {"vlm_dist.test_videos_seen": str(seen)}
+    with context.tracked("evaluate", task=task, tags=tags) as tracker:
+        tracker.dataset(str(store), fingerprint, "evaluation")
+        result, form = evaluate_model(context, task, model, data, store, folder)
+        tracker.tags({"vlm_dist.form": form})
+        tracker.metrics(result.metrics, 0)
+        for file in result.files:
+            tracker.artifact(file)
+    return {"run": tracker.run_id, "task": task, "model": str(model), "form": form, "metrics": result.metrics,
+            "predictions": str(result.predictions)}  # fmt: skip
+
+
+def evaluate_model(
+    context: Context, task: str, model: Path, data: Path, store: Path, folder: Path
+) -> tuple["EvaluationResult", str]:
+    """Metrics of a model on the test split, files below `folder`, and whether it was `fine-tuned` or `zero-shot`."""
+    import torch
+
+    from feature_store.reader import FeatureReader
+    from vlm_dist.eval.evaluate import evaluate as evaluate_task
+    from vlm_dist.model.checkpoint import load
+    from vlm_dist.tasks.checkpoint import build_for_evaluation, fine_tuned_task
+    from vlm_dist.tasks.registry import make_task
+
+    loaded = load(model)
+    worker = make_task(task, context.settings.data.get(task))
+    worker.load(data, FeatureReader(store), loaded.tokenizer, loaded.config, context.settings.finetune, training=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = build_for_evaluation(worker, loaded.model, model).to(device).eval()
+    result = evaluate_task(worker, module, "test", device, folder)
+    return result, "fine-tuned" if fine_tuned_task(model) else "zero-shot"
+
+
+def task_data(context: Context, task: str) -> Path:
+    """The task's annotations. Errors: ConfigError that says how to name them."""
+    options = context.settings.data.get(task)
+    if options is None or not options.data:
+        raise ConfigError(f"no annotations for {task}: give --data FILE, or set [data.{task}] data in vlm-dist.toml")
+    path = Path(options.data)
+    if not path.exists():
+        raise ConfigError(f"the annotations of {task}, {path}, do not exist")
+    return path
+
+
+def task_store(context: Context, task: str) -> Path:
+    """The store of the task's videos: its own where it has one, else the workspace's."""
+    options = context.settings.data.get(task)
+    return context.require_store(Path(options.store) if options and options.store else None)
+
+
+def print_metrics(task: str, metrics: dict[str, float]) -> None:
+    """A small table of metrics."""
+    print_table(
+        ("metric", "value"), [(name, f"{value:.4g}") for name, value in metrics.items()], title=task, right=("value",)
+    )

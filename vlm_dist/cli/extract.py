@@ -1,0 +1,290 @@
+"""`vlm-dist extract`: videos (and captions) -> a feature store, or one video -> one file."""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlm_dist.cli.context import Context
+from vlm_dist.cli.options import HERE, Json, Overrides, Workspace
+from vlm_dist.cli.output import duration, print_json, print_table, print_warning, progress, prose_on_stderr
+
+if TYPE_CHECKING:
+    from feature_store.captions import CaptionReport
+    from feature_store.extract import ExtractProgress, ExtractSummary
+    from feature_store.plan import PlannedVideo
+    from feature_store.records import VideoRecord
+
+STRICT_EXIT = 3
+LOG_EVERY_S = 10.0  # between points of a throughput curve: extraction runs for days
+
+
+def extract(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Videos, folders of videos, or CSV/JSONL lists (video_id, path)."),
+    ],
+    store: Annotated[Path | None, typer.Option(help="Feature store that is made or continued.")] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="Captions: {id: {start, end, text}} as JSON, JSONL, or CSV.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="S3D weights, s3d_howto100m.pth.")] = None,
+    random_weights: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Use random S3D weights (for trying things out).")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of the captions: BERT name, folder, or wordpiece:N to train one.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Ray workers (default: one for every CPU, or GPU that is used)."),
+    ] = None,
+    npy: Annotated[
+        bool, typer.Option("--npy", help="One video, no store: write NAME.npy here, in this process.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help=f"Exit {STRICT_EXIT} when a video failed.")] = False,
+    workspace: Workspace = HERE,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Extract S3D features of videos into a store: one token for every second of video.
+
+    Broken videos are listed with their reason and stop nothing. Running the command again does what is left to do,
+    and nothing when all is done.
+
+    \b
+    Examples:
+      vlm-dist extract videos/ --captions captions.json --weights s3d_howto100m.pth
+      vlm-dist extract list.csv --random-weights 0 --tokenizer wordpiece:2000
+      vlm-dist extract my.mp4 --npy --weights s3d_howto100m.pth
+    """
+    context = Context.open(
+        workspace,
+        overrides,
+        {
+            "store": store,
+            "captions_file": captions,
+            "extract.weights": weights,
+            "extract.workers": workers,
+            "captions.tokenizer": tokenizer,
+        },
+    )
+    if npy:
+        result = extract_to_npy(context, paths, random_weights)
+        if as_json:
+            print_json(result)
+        else:
+            print(
+                "{rows} tokens of width {width} (mean length {norm:.3f}) in {seconds:.1f} s -> {file}".format(**result)
+            )
+        return
+    with prose_on_stderr(as_json):
+        result = extract_to_store(context, paths, random_weights)
+    if as_json:
+        print_json(result)
+    if strict and result["failed"]:
+        raise typer.Exit(STRICT_EXIT)
+
+
+def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None) -> dict[str, Any]:
+    """One video -> NAME.npy in the current folder, without Ray, store or run."""
+    import numpy as np
+
+    from feature_store.encode import calibration_clips, features_from_file
+    from feature_store.weights import load_s3d, random_s3d
+    from vlm_dist.errors import ConfigError
+
+    if len(paths) != 1 or paths[0].is_dir():
+        raise ConfigError("--npy takes one video; give --store to extract several into a store")
+    cfg = context.settings.extract
+    weights = _weights(context, random_seed)
+    if weights is None:
+        model = random_s3d(random_seed or 0, calibration_clips([paths[0]], cfg.decode))
+    else:
+        model, _ = load_s3d(weights)
+    extracted = features_from_file(paths[0], model.eval(), cfg)
+    target = Path(f"{paths[0].stem}.npy")
+    np.save(target, extracted.features)
+    rows, width = extracted.features.shape
+    norm = float(np.linalg.norm(extracted.features.astype(np.float32), axis=1).mean())
+    return {"file": str(target), "rows": rows, "width": width, "norm": norm, "seconds": extracted.seconds,
+            "decoded_s": extracted.decoded_s, "claimed_s": extracted.claimed_s}  # fmt: skip
+
+
+def extract_to_store(context: Context, paths: list[Path], random_seed: int | None) -> dict[str, Any]:
+    """Videos and captions -> the workspace's store, as a tracked run; prints what happened and returns it."""
+    from cluster.ray_local import ray_session
+    from feature_store.encoder import require_same_encoder
+    from feature_store.info import failures, store_info
+    from feature_store.manifest import list_inputs
+
+    settings = context.settings
+    videos = list_inputs(paths)
+    weights = _weights(context, random_seed)
+    captions = Path(settings.captions_file) if settings.captions_file else None
+    _check_captions(context, captions)
+    if (context.store / "zarr.json").exists():
+        require_same_encoder(context.store, settings.extract, random_seed=random_seed, weights=weights)
+        if _all_done(context, videos):
+            return _again(context, videos, captions)
+    with context.tracked("extract") as tracker:
+        started = time.monotonic()
+        with ray_session(settings.cluster) as machines, progress("extract", len(videos), "videos") as bar:
+            from feature_store.extract import extract_corpus  # imports ray, which the session prepares
+
+            if (gpus := sum(node.gpus for node in machines)) and not settings.extract.gpus_per_worker:
+                print_warning(f"{gpus:g} GPUs are there and S3D runs on CPUs; type --set extract.gpus_per_worker=1")
+            logged = time.monotonic()
+
+            def show(state: "ExtractProgress") -> None:
+                nonlocal logged
+                note = f"{state.videos_per_s:.2g} videos/s, {state.video_seconds_per_s:.1f} s of video/s"
+                failed = f", {state.tally.failed} failed" if state.tally.failed else ""
+                bar.update(state.done, note + failed, total=state.videos)
+                if time.monotonic() - logged < LOG_EVERY_S and state.done < state.videos:
+                    return
+                logged = time.monotonic()
+                tracker.metrics(
+                    {
+                        "extract/videos": state.done,
+                        "extract/failed": state.tally.failed,
+                        "extract/videos_per_s": state.videos_per_s,
+                        "extract/video_seconds_per_s": state.video_seconds_per_s,
+                    },
+                    step=state.done,
+                )
+
+            summary = extract_corpus(
+                context.store,
+                videos,
+                settings.extract,
+                random_seed=random_seed,
+                weights=weights,
+                rows_per_shard=settings.store_layout.rows_per_shard,
+                on_progress=show,
+            )
+        report = _write_captions(context, captions)
+        info = store_info(context.store)
+        broken = failures(context.store)
+        tracker.tags({"vlm_dist.store_fingerprint": info["fingerprint"], "vlm_dist.store": str(context.store)})
+        tracker.text("\n".join(record.model_dump_json() for record in broken), "failures.jsonl")
+        _print_summary(summary, report, broken, time.monotonic() - started)
+        return {
+            "store": str(context.store), "ok": summary.tally.ok, "failed": summary.tally.failed,
+            "nothing_to_do": summary.nothing_to_do, "fingerprint": info["fingerprint"], "run": tracker.run_id,
+        }  # fmt: skip
+
+
+def _all_done(context: Context, videos: list["PlannedVideo"]) -> bool:
+    """Whether every video is through, so that neither Ray nor a run is needed; what was committed is published."""
+    from feature_store.plan import anything_to_do
+    from feature_store.snapshot import finalise
+
+    if anything_to_do(context.store, videos):
+        return False
+    finalise(context.store)
+    return True
+
+
+def _again(context: Context, videos: list["PlannedVideo"], captions: Path | None) -> dict[str, Any]:
+    """The same command once more: only captions may have changed."""
+    from feature_store.info import failures, store_info
+
+    print(f"Nothing to do: all {len(videos)} videos are in the store or have failed before.")
+    report = _write_captions(context, captions)
+    broken = failures(context.store)
+    _print_captions(report)
+    _print_failures(broken)
+    info = store_info(context.store)
+    return {"store": str(context.store), "ok": info["videos"]["ok"], "failed": len(broken), "nothing_to_do": True,
+            "fingerprint": info["fingerprint"], "run": None}  # fmt: skip
+
+
+def _weights(context: Context, random_seed: int | None) -> Path | None:
+    """The weights file, or None for random weights. A seed on the command line goes before a file in the settings."""
+    from feature_store.weights import NO_WEIGHTS
+    from vlm_dist.errors import ConfigError
+
+    file, origin = context.settings.extract.weights, context.resolved.origins["extract.weights"]
+    if random_seed is not None:
+        if file and origin == "command line":
+            raise ConfigError("--weights and --random-weights exclude each other: give one of them")
+        return None
+    if not file:
+        raise ConfigError(NO_WEIGHTS)
+    return Path(file)
+
+
+def _check_captions(context: Context, captions: Path | None) -> None:
+    """Find out before hours of extraction that the captions or their tokenizer cannot be read."""
+    from feature_store.tokenizer import load_tokenizer
+    from vlm_dist.errors import ConfigError
+
+    if captions is None:
+        return
+    if not captions.is_file():
+        raise ConfigError(f"the caption file {captions} does not exist")
+    if not context.settings.captions.tokenizer.startswith("wordpiece:"):
+        load_tokenizer(context.settings.captions.tokenizer)
+
+
+def _write_captions(context: Context, captions: Path | None) -> "CaptionReport | None":
+    from feature_store.captions import write_captions
+
+    return write_captions(context.store, captions, context.settings.captions) if captions else None
+
+
+def _caption_line(report: "CaptionReport") -> str:
+    if not report.changed:
+        return f"Captions are as they were: {report.clips} captions of {report.videos_with_captions} videos."
+    return (
+        f"{report.clips} captions ({report.tokens} tokens, {report.tokens_per_s:.2f} a second) of "
+        f"{report.videos_with_captions} videos, {report.captions_per_video:.1f} a video; "
+        f"vocabulary of {report.tokenizer_pieces} word pieces."
+    )
+
+
+def _caption_losses(report: "CaptionReport") -> list[tuple[int, str]]:
+    """What did not become tokens, counted; only what happened."""
+    absent = ", ".join(report.captions_without_video_ids[:3])
+    counts = [
+        (report.videos_without_captions, "videos have no captions and will not be pre-trained on"),
+        (report.captions_without_video, f"videos have captions and no features ({absent} …); kept for later"),
+        (report.dropped_text, "captions without text were dropped"),
+        (report.dropped_times, "captions whose end is not after their start were dropped"),
+        (report.dropped_outside, "captions start after the end of their video and were dropped"),
+        (report.clipped, "captions were cut at the end of their video"),
+        (report.duplicates, "captions repeated the one before and were cut or dropped"),
+    ]
+    return [(count, what) for count, what in counts if count]
+
+
+def _print_summary(
+    summary: "ExtractSummary", report: "CaptionReport | None", broken: list["VideoRecord"], seconds: float
+) -> None:
+    print(
+        f"{summary.tally.ok} videos ({duration(summary.tally.seconds)} of video) extracted and "
+        f"{summary.tally.failed} failed in {duration(seconds)}, on {summary.workers} workers."
+    )
+    _print_captions(report)
+    _print_failures(broken)
+
+
+def _print_captions(report: "CaptionReport | None") -> None:
+    if report is None:
+        print_warning("no captions: pre-training needs them; run the same command with --captions FILE")
+    else:
+        print(_caption_line(report))
+        for count, what in _caption_losses(report):
+            print(f"  {count} {what}")
+
+
+def _print_failures(broken: list["VideoRecord"]) -> None:
+    if broken:
+        reasons = Counter(record.reason for record in broken)
+        rows = [(r.video_id, r.reason, r.message) for r in broken[:20]]
+        print_table(("video", "reason", "what happened"), rows, title=f"{len(broken)} videos without features")
+        if len(broken) > 20:
+            print(f"… and {len(broken) - 20} more ({dict(reasons)}): `vlm-dist store failures` lists them all")

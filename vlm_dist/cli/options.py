@@ -1,0 +1,35 @@
+"""Options that several commands share, written once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Workspace = Annotated[
+    Path,
+    typer.Option(
+        "--workspace", metavar="DIR", show_default=False, help="Folder with vlm-dist.toml and the runs (default: here)."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, like `--set train.seed=1`; may be repeated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="End task: retrieval, coin, segmentation.")]
+Source = Annotated[
+    str | None,
+    typer.Option("--from", metavar="MODEL", help="Run, folder, BERT name, reference checkpoint, or scratch."),
+]
+Annotations = Annotated[
+    Path | None, typer.Option("--data", help="Annotations (default: data.TASK.data of the settings).")
+]
+TaskStore = Annotated[Path | None, typer.Option("--store", help="Feature store of the annotated videos.")]
+Nodes = Annotated[int, typer.Option("--nodes", help="Machines of the Ray cluster.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="GPUs of each machine; 0 trains on CPUs (default: all).")]
+CpuWorkers = Annotated[int, typer.Option("--workers", min=1, help="CPU workers when there are no GPUs.")]
+New = Annotated[bool, typer.Option("--new", help="Train again, although this very run exists.")]
+
+HERE = Path()
+"""Default of `Workspace`."""

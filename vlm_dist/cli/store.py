@@ -1,0 +1,118 @@
+"""`vlm-dist store`: what is in a feature store, whether it is whole, and what failed."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm_dist.cli.options import HERE, Json, Overrides, Workspace
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+
+Store = Annotated[Path | None, typer.Argument(metavar="STORE", help="Feature store (default: the workspace's).")]
+
+
+@app.callback()
+def _store() -> None:
+    """Look into a feature store."""
+
+
+@app.command()
+def info(store: Store = None, workspace: Workspace = HERE, overrides: Overrides = None, json: Json = False) -> None:
+    """Say what a store holds: videos, hours, captions, failures by reason, and what made its features.
+
+    \b
+    Examples:
+      vlm-dist store info
+      vlm-dist store info my-store --json
+    """
+    from feature_store.info import store_info
+    from vlm_dist.cli.output import print_json, print_table
+
+    facts = store_info(_root(store, workspace, overrides))
+    if json:
+        print_json(facts)
+        return
+    print_table(("", ""), _lines(facts), title=f"Feature store {_root(store, workspace, overrides)}")
+
+
+@app.command()
+def verify(
+    store: Store = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte and check it against its checksum.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Put right what can be put right without the videos.")
+    ] = False,
+    workspace: Workspace = HERE,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Check a store; exit code 1 when anything is wrong.
+
+    Without --deep the structure is checked, which takes seconds; --deep reads all features and names each damaged
+    video, shard and chunk.
+
+    \b
+    Examples:
+      vlm-dist store verify --deep
+      vlm-dist store verify my-store --repair --json
+    """
+    from feature_store.verify import verify_store
+    from vlm_dist.cli.output import print_error, print_json, print_table
+
+    root = _root(store, workspace, overrides)
+    report = verify_store(root, deep=deep, repair=repair)
+    problems = report.problems
+    if json:
+        print_json({"ok": not problems, **report.model_dump()})
+    else:
+        for line in report.repaired:
+            print(f"repaired: {line}")
+        if problems:
+            print_table(("problem", "where", "what"), [(p.kind, p.where, p.message) for p in problems])
+        print(f"{report.videos:,} videos in {report.shards:,} shards, {report.bytes_checked / 1e6:,.1f} MB checked")
+    if problems:
+        print_error(f"{len(problems)} problem{'s' * (len(problems) != 1)} in {root}")
+        raise typer.Exit(1)
+    if not json:
+        print("The store is whole." if deep else "The structure is whole; --deep checks every byte.")
+
+
+@app.command()
+def failures(store: Store = None, workspace: Workspace = HERE, overrides: Overrides = None, json: Json = False) -> None:
+    """List the videos that gave no features, each with its reason.
+
+    \b
+    Examples:
+      vlm-dist store failures
+      vlm-dist store failures my-store --json
+    """
+    from feature_store.info import failures as failed
+    from vlm_dist.cli.output import print_json, print_table
+
+    records = failed(_root(store, workspace, overrides))
+    if json:
+        print_json([record.model_dump() for record in records])
+    elif not records:
+        print("No video failed.")
+    else:
+        print_table(
+            ("video", "reason", "message", "file"), [(r.video_id, r.reason, r.message, r.path) for r in records]
+        )
+
+
+def _root(store: Path | None, workspace: Path, overrides: list[str] | None) -> Path:
+    from vlm_dist.config import load_settings
+
+    return Path(load_settings(workspace, overrides, {"store": store}).settings.store)
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    from vlm_dist.config import flatten
+
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:,.3f}".rstrip("0").rstrip(".")
+        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+    return [(key.replace("_", " ").replace(".", ": "), text(v)) for key, v in flatten(facts) if v not in ("", None, {})]

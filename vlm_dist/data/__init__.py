@@ -1,0 +1,1 @@
+"""Clips, masks and batches: the step from the feature store to the model."""

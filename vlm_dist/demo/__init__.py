@@ -1,0 +1,1 @@
+"""A corpus of narrated videos that is rendered here, and the whole way on it."""

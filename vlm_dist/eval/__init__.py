@@ -1,0 +1,1 @@
+"""Evaluation: predictions, per-example tables, pictures."""

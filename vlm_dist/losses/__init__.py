@@ -1,0 +1,1 @@
+"""Training losses: the step from hidden states to one number."""

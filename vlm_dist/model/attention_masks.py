@@ -1,0 +1,42 @@
+"""Who may attend to whom: the one place that builds the encoder's attention masks (reference facts 1.4).
+
+All masks are boolean, True where attention is allowed, with one axis for the heads: BERT in transformers 5 honours
+that form exactly with its "sdpa" kernels. It takes 0/1 floats, and booleans with "eager", silently wrongly.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Attention = Literal["full", "isolated"]
+
+
+def attention_mask(kind: Attention, video_mask: Tensor, text_mask: Tensor) -> Tensor:
+    """Build the mask of B sequences [CLS] video [SEP] text.
+
+    Args:
+        kind: "full" lets all real places see each other (pre-training); "isolated" splits [CLS], video with its [SEP],
+            and text with its [SEP] into three parts that do not see each other (end tasks with two towers).
+        video_mask: (B, V) bool, real video places.
+        text_mask: (B, T) bool, real places of the text tensor, whose first two are [CLS] and the video's [SEP].
+
+    Returns:
+        (B, 1, L, L) bool with L = 1 + V + T - 1, rows are queries and columns are keys. A row that nothing is allowed
+        to sees itself, so that no softmax is empty; only places of an empty part are such rows, and nothing reads them.
+    """
+    b, v = video_mask.shape
+    cls = text_mask[:, :1]
+    keys = torch.cat([cls, video_mask, text_mask[:, 1:]], dim=1)
+    length = keys.shape[1]
+    if kind == "full":
+        allowed = keys[:, None, :].expand(b, length, length)
+    else:
+        # Part numbers: 0 is [CLS], 1 is the video and its [SEP], 2 is the text. Padding belongs to its own modality.
+        part = torch.full((length,), 2, device=keys.device)
+        part[0] = 0
+        part[1 : v + 2] = 1
+        allowed = keys[:, None, :] & (part[:, None] == part[None, :])
+    empty = ~allowed.any(dim=-1, keepdim=True)
+    itself = torch.eye(length, dtype=torch.bool, device=keys.device)
+    return (allowed | (empty & itself))[:, None]

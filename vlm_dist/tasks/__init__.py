@@ -1,0 +1,1 @@
+"""End tasks: annotations, attention mask, head, loss, predictions and metrics of each."""

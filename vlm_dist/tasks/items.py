@@ -1,0 +1,133 @@
+"""Annotated videos → videos of the store → splits, with every misfit named (annotations → items → batches)."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from feature_store.reader import FeatureReader
+from feature_store.tokenizer import Tokenizer
+from vlm_dist.data.batch import SpecialIds
+from vlm_dist.errors import CheckpointError, TaskDataError
+from vlm_dist.model.config import ModelConfig
+from vlm_dist.tasks.annotations import HELD_OUT, SHOWN, TEST, TRAIN, refuse
+from vlm_dist.train.config import FinetuneConfig
+
+SLACK_S = 1.0  # annotations are cut on another clock than our 30 fps: this much beyond the last row is no error
+
+
+def special_ids(reader: FeatureReader, tokenizer: Tokenizer, model: ModelConfig) -> SpecialIds:
+    """Ids for the task's texts, after checking that features and vocabulary are the checkpoint's.
+
+    Raises:
+        TaskDataError: The store's features have another width than the checkpoint was trained on.
+        CheckpointError: The tokenizer has more pieces than the checkpoint has rows in its word table.
+    """
+    width = reader.meta.feature_dim
+    if model.feature_dim and width != model.feature_dim:
+        raise TaskDataError(
+            f"the store's features are {width} wide, the checkpoint reads {model.feature_dim}: "
+            "extract the task's videos with the extractor of pre-training"
+        )
+    if model.vocab_size and tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} word pieces, the checkpoint only {model.vocab_size}: "
+            "take the tokenizer that was saved with the checkpoint"
+        )
+    return SpecialIds.of(tokenizer)
+
+
+def check_missing(file: Path, ids: Sequence[str], numbers: np.ndarray, limit: float) -> list[str]:
+    """Ids of the videos without features, sorted; refused when they are more than `limit` of all.
+
+    Args:
+        file: The annotations, for the message.
+        ids: (N,) video of each item; repeats count as often as they occur.
+        numbers: (N,) their store numbers, -1 without features.
+        limit: Largest share of the items that may lack features.
+    """
+    lost = np.flatnonzero(numbers < 0).tolist()
+    missing = sorted({ids[i] for i in lost})
+    if len(lost) > limit * len(ids):
+        shown = ", ".join(missing[:SHOWN]) + (" …" if len(missing) > SHOWN else "")
+        raise TaskDataError(
+            f"{file}: {len(lost)} of {len(ids)} items ({len(lost) / len(ids):.1%}) have no features in the store, "
+            f"above the limit of {limit:.1%} (finetune.max_missing); {len(missing)} videos: {shown}\n"
+            "extract them into the store, or raise the limit"
+        )
+    return missing
+
+
+def check_overlap(file: Path, ids: Sequence[str], split: np.ndarray) -> None:
+    """Refuses a video that is in more than one of training, held-out and test.
+
+    Raises:
+        TaskDataError: Names the first such ids.
+    """
+    seen: dict[str, int] = {}
+    shared = {video for video, part in zip(ids, split.tolist(), strict=True) if seen.setdefault(video, part) != part}
+    if shared:
+        shown = ", ".join(sorted(shared)[:SHOWN]) + (" …" if len(shared) > SHOWN else "")
+        raise TaskDataError(
+            f"{file}: {len(shared)} videos are in more than one split, so the test would not be honest: {shown}"
+        )
+
+
+def hold_out(ids: Sequence[str], split: np.ndarray, cfg: FinetuneConfig) -> np.ndarray:
+    """The splits with a share of the training videos turned into held-out ones, whole videos at a time.
+
+    Videos are taken in the order of a hash of their id, so the same ones are held out in every run and on every
+    machine. Nothing is taken when the file names held-out videos itself, or selection does not need them.
+
+    Returns:
+        (N,) int8.
+    """
+    if cfg.select_on != "held-out" or not cfg.held_out or (split == HELD_OUT).any():
+        return split
+    videos = sorted(
+        {ids[i] for i in np.flatnonzero(split == TRAIN).tolist()},
+        key=lambda video: hashlib.blake2b(video.encode(), digest_size=8).digest(),
+    )
+    if len(videos) < 2:
+        return split
+    chosen = set(videos[: max(1, round(cfg.held_out * len(videos)))])
+    held = np.fromiter((video in chosen for video in ids), bool, len(ids))
+    return np.where(held & (split == TRAIN), HELD_OUT, split).astype(np.int8)
+
+
+def check_bounds(file: Path, where: Sequence[str], start: np.ndarray, end: np.ndarray, rows: np.ndarray) -> None:
+    """Refuses segments that lie outside their video.
+
+    Args:
+        file: The annotations, for the message.
+        where: (N,) "line 3" or "video x" of each segment.
+        start: (N,) seconds.
+        end: (N,) seconds.
+        rows: (N,) seconds of features that the video has.
+    """
+    outside = np.flatnonzero((start >= rows) | (end > rows + SLACK_S)).tolist()
+    refuse(
+        file,
+        [
+            f"{where[i]}: segment {start[i]:g} to {end[i]:g} s, but the video has {rows[i]} s of features"
+            for i in outside
+        ],
+    )
+
+
+def check_splits(file: Path, split: np.ndarray, cfg: FinetuneConfig, training: bool) -> None:
+    """Refuses an empty test split, and empty training or held-out splits when they are needed.
+
+    Raises:
+        TaskDataError: Names the split that has nothing with features.
+    """
+    need = [(TEST, "test")]
+    if training:
+        need.append((TRAIN, "training"))
+        if cfg.select_on == "held-out":
+            need.append((HELD_OUT, "held-out"))
+    for part, name in need:
+        if not (split == part).any():
+            hint = "; set finetune.held_out above 0, or finetune.select_on to last" if part == HELD_OUT else ""
+            raise TaskDataError(f"{file}: no {name} items with features{hint}")

@@ -1,0 +1,157 @@
+"""Engine state -> a folder that proves itself: staged, digested, committed last; the newest one that verifies wins.
+
+    <root>/step_00000500/          weights.safetensors  optimizer.safetensors  state.json  MANIFEST.json
+    <root>/.staging-…/             an attempt that has not been committed (removed some time later)
+    <root>/damaged-step_…/         a checkpoint that failed its digests, kept for people to look at
+
+MANIFEST.json holds size and BLAKE2b digest of each file; the folder gets its name by rename after everything in it is
+on disk, so a folder named step_… is complete. Nothing in it depends on the world size.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vlm_dist.errors import CheckpointError
+from vlm_dist.train.engine import EngineState
+
+MANIFEST = "MANIFEST.json"
+STRAY_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: `step` updates are done."""
+
+    path: Path
+    step: int
+
+
+def digest_file(path: Path) -> str:
+    """BLAKE2b-256 of a file, in hex."""
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, root: Path, keep: int = 2) -> None:
+        self.root = root
+        self.keep = keep
+
+    def committed(self) -> list[Checkpoint]:
+        """Committed checkpoints, oldest first (not verified)."""
+        found = [Checkpoint(p, int(p.name.removeprefix("step_"))) for p in self.root.glob("step_*")]
+        return sorted(found, key=lambda c: c.step)
+
+    def save(self, step: int, state: EngineState, extra: dict[str, Any]) -> Checkpoint:
+        """Write and commit a checkpoint; the last good one is removed only afterwards.
+
+        Errors: CheckpointError when the disk refuses (what was there stays).
+        """
+        final = self.root / f"step_{step:08d}"
+        staging = self.root / f".staging-{step:08d}-{uuid.uuid4().hex[:8]}"
+        try:
+            staging.mkdir(parents=True)
+            save_file(state.weights, staging / "weights.safetensors")
+            flat = {f"{key}/{name}": t for key, tensors in state.moments.items() for name, t in tensors.items()}
+            save_file(flat, staging / "optimizer.safetensors")
+            (staging / "state.json").write_text(
+                json.dumps({"step": step, "counters": state.counters, **extra}, indent=1)
+            )
+            files = {p.name: {"bytes": p.stat().st_size, "blake2b": digest_file(p)} for p in sorted(staging.iterdir())}
+            (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+            for path in [*staging.iterdir(), staging]:
+                sync(path)
+            try:
+                staging.rename(final)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(staging)  # this very step is committed already, and one commit is as good as the other
+            sync(self.root)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.root}: {error}"
+            ) from error
+        self._prune()
+        return Checkpoint(final, step)
+
+    def _prune(self) -> None:
+        for old in self.committed()[: -self.keep]:
+            shutil.rmtree(old.path, ignore_errors=True)
+        for stray in self.root.glob(".staging-*"):
+            with contextlib.suppress(FileNotFoundError):
+                # A worker that outlives its killed driver for some seconds may be writing a younger one.
+                if time.time() - stray.stat().st_mtime > STRAY_SECONDS:
+                    shutil.rmtree(stray, ignore_errors=True)
+
+    @staticmethod
+    def check(checkpoint: Checkpoint) -> str:
+        """What is wrong with a checkpoint, in words; empty when every digest agrees."""
+        try:
+            manifest = json.loads((checkpoint.path / MANIFEST).read_text())
+            files: dict[str, dict[str, Any]] = manifest["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{MANIFEST} is missing or unreadable ({error})"
+        for name, claim in files.items():
+            path = checkpoint.path / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != claim["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, its manifest says {claim['bytes']}"
+            if digest_file(path) != claim["blake2b"]:
+                return f"{name} does not have the digest that its manifest says"
+        return ""
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that verifies, and what was found damaged on the way (moved aside and named).
+
+        Only one process may call it while no other reads: rank 0 decides, the others are told.
+        """
+        complaints: list[str] = []
+        for checkpoint in reversed(self.committed()):
+            problem = self.check(checkpoint)
+            if not problem:
+                return checkpoint, complaints
+            aside = self.root / f"damaged-{checkpoint.path.name}-{uuid.uuid4().hex[:4]}"
+            checkpoint.path.rename(aside)
+            complaints.append(f"checkpoint {checkpoint.path.name} is damaged: {problem}; moved to {aside.name}")
+        return None, complaints
+
+    @staticmethod
+    def load(checkpoint: Checkpoint) -> tuple[EngineState, dict[str, Any]]:
+        """State and extra fields of a verified checkpoint."""
+        extra = json.loads((checkpoint.path / "state.json").read_text())
+        moments: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in load_file(checkpoint.path / "optimizer.safetensors").items():
+            kind, _, name = key.partition("/")
+            moments.setdefault(kind, {})[name] = tensor
+        weights = load_file(checkpoint.path / "weights.safetensors")
+        return EngineState(weights, moments, extra.pop("counters")), extra

@@ -1,0 +1,205 @@
+"""Clips + masks + VLM + loss -> a pre-trained model: what pre-training trains (paper section 3, Eq. 1-9)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from feature_store.reader import Check, FeatureReader
+from feature_store.tokenizer import load_tokenizer
+from vlm_dist.data.batch import ClipBatch, SpecialIds
+from vlm_dist.data.clips import load_clips
+from vlm_dist.data.config import ClipConfig, MaskConfig
+from vlm_dist.data.masks import mask_batch
+from vlm_dist.data.rng import ClipKeys
+from vlm_dist.data.sampler import GlobalOrder
+from vlm_dist.errors import ConfigError, StoreError
+from vlm_dist.losses.nce import LossSums, masked_token_loss
+from vlm_dist.model.checkpoint import build_vlm, save_vlm
+from vlm_dist.model.config import ModelConfig
+from vlm_dist.model.vlm import VLM
+from vlm_dist.train import distributed
+from vlm_dist.train.config import TrainConfig
+from vlm_dist.train.engine import Engine
+from vlm_dist.train.loop import Objective
+from vlm_dist.train.schedule import total_steps
+
+VALIDATION_SEED_SHIFT = 1 << 32  # validation draws its clips and masks from seeds that no training run uses
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """Everything that a rank needs to pre-train; `split` holds rows of `snapshot`."""
+
+    store: str
+    snapshot: str
+    check: Check
+    split: str
+    init: str
+    out: str
+    model: ModelConfig
+    clips: ClipConfig
+    masks: MaskConfig
+    train: TrainConfig
+
+    def build(self, device: torch.device) -> "PretrainObjective":
+        """The objective of this rank."""
+        return PretrainObjective(self)
+
+
+class PretrainModule(nn.Module):
+    """Encoder and loss in one forward pass, so that DeepSpeed sees one module."""
+
+    def __init__(self, vlm: VLM, train: TrainConfig) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.train_cfg = train
+
+    def forward(self, batch: ClipBatch, pool: Tensor) -> LossSums:
+        """Masked-token losses of one micro-batch, with the (N, F) raw features in `pool` as negatives."""
+        hidden = self.vlm.encode(
+            batch.video, batch.video_mask, batch.text, batch.text_mask, video_labels=batch.video_labels
+        )
+        cfg = self.train_cfg
+        return masked_token_loss(
+            self.vlm, hidden, batch, pool, cfg.loss, constant_column=cfg.constant_column, chunk=cfg.nce_chunk
+        )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the micro-batches of one update share over all ranks: the negatives and the numbers of masked tokens."""
+
+    pool: Tensor
+    num_text: float
+    num_video: float
+
+
+def rank_clips(global_batch: int, world: int, rank: int, micro: int) -> list[tuple[int, int]]:
+    """The clips first..last of each micro-batch of a rank: contiguous shares whose sizes differ by one at most.
+
+    Every rank gets the same number of micro-batches, none of them empty. Errors: ConfigError when there are more ranks
+    than clips.
+    """
+    if global_batch < world:
+        raise ConfigError(f"train.global_batch {global_batch} is smaller than the number of workers, {world}")
+    largest = -(-global_batch // world)
+    pieces = min(-(-largest // micro), global_batch // world)
+    first, last = rank * global_batch // world, (rank + 1) * global_batch // world
+    size = last - first
+    return [(first + size * i // pieces, first + size * (i + 1) // pieces) for i in range(pieces)]
+
+
+class PretrainObjective(Objective):
+    """Masked-token pre-training under the loop; clips and masks are pure functions of (seed, update)."""
+
+    def __init__(self, job: PretrainJob) -> None:
+        self.job = job
+        self.reader = FeatureReader(Path(job.store), job.check, job.snapshot)
+        folder = self.reader.index.tokenizer_dir
+        if folder is None:
+            raise StoreError(f"{job.store} has no captions: pre-training reads both; add them with --captions FILE")
+        self.tokenizer = load_tokenizer(str(folder))
+        self.ids = SpecialIds.of(self.tokenizer)
+        self.vlm = build_vlm(
+            job.init, job.model, self.tokenizer.vocab_size, self.reader.meta.feature_dim, seed=job.train.seed
+        )
+        self.module = PretrainModule(self.vlm, job.train)
+        self.optim = job.train.optim
+        with np.load(job.split) as split:
+            training, validation = split["train"], split["validation"]
+        clips = job.clips.clips_per_video
+        self.order = GlobalOrder(training, job.train.seed, job.train.global_batch, clips)
+        self.shares = rank_clips(
+            job.train.global_batch, distributed.world_size(), distributed.rank(), job.train.micro_batch
+        )
+        self.accumulation = len(self.shares)
+        self.total_steps = total_steps(job.train, len(training), clips)
+        self.validate_every = job.train.validate_every
+        self.validation = (
+            GlobalOrder(validation, job.train.seed + VALIDATION_SEED_SHIFT, len(validation) * clips, clips)
+            if len(validation)
+            else None
+        )
+
+    def _load(self, keys: ClipKeys) -> ClipBatch:
+        batch = load_clips(self.reader, keys, self.job.clips, self.vlm.config, self.ids)
+        return mask_batch(batch, keys, self.job.masks, self.ids).trim()
+
+    def micro_batches(self, step: int) -> list[Any]:
+        """This rank's clips of the update, masked, in `accumulation` pieces."""
+        return [self._load(self.order.keys(step, first, last)) for first, last in self.shares]
+
+    def prepare(self, micros: list[Any], engine: Engine) -> tuple[list[Any], Any]:
+        """Gather the raw visible features of all ranks and micro-batches, and count the masked tokens."""
+        return [micro.to(engine.device, non_blocking=True) for micro in micros], self._share(micros, engine.device)
+
+    def _share(self, batches: list[ClipBatch], device: torch.device) -> Shared:
+        """Counted and selected on the CPU, where the batches come from."""
+        counts = [sum(b.num_masked_text for b in batches), sum(b.num_masked_video for b in batches)]
+        num_text, num_video = distributed.all_sum(torch.tensor(counts, dtype=torch.int64).to(device)).tolist()
+        visible = torch.cat([b.visible_video() for b in batches]).to(device, non_blocking=True)
+        pool = distributed.all_gather_rows(visible) if self.job.train.nce_pool == "global" else visible
+        return Shared(pool, num_text, num_video)
+
+    def loss(self, engine: Engine, micro: Any, shared: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the global mean, and its sums."""
+        # The reference's own form of the pool: the clips that one GPU sees at once.
+        pool = shared.pool if self.job.train.nce_pool == "global" else micro.visible_video()
+        sums: LossSums = engine(micro, pool)
+        loss = sums.loss(self.job.train.loss, shared.num_text, shared.num_video) * engine.scale
+        report = {name: getattr(sums, name) for name in LossSums.__dataclass_fields__}
+        report["clips"] = report["num_text"].new_tensor(len(micro))
+        report["tokens"] = micro.video_mask.sum() + micro.text_mask.sum()
+        return loss, report
+
+    def summarise(self, sums: dict[str, float]) -> dict[str, float]:
+        """Mean loss per masked token (joint and by kind) and how often the right one scored highest."""
+        text, video = max(1.0, sums["num_text"]), max(1.0, sums["num_video"])
+        joint = (sums["text_sum"] + sums["video_sum"]) / (text + video)
+        baseline = sums["text_sum"] / text + sums["video_sum"] / video
+        return {
+            "loss": joint if self.job.train.loss == "joint" else baseline,
+            "text_loss": sums["text_sum"] / text,
+            "video_loss": sums["video_sum"] / video,
+            "text_accuracy": sums["correct_text"] / text,
+            "video_accuracy": sums["correct_video"] / video,
+        }
+
+    def _validation_pieces(self) -> Iterator[list[tuple[int, int]]]:
+        """Whole batches of the training run's size, so that both losses count as many negatives; a rest is left out."""
+        assert self.validation is not None
+        world, rank = distributed.world_size(), distributed.rank()
+        clips = self.validation.global_batch
+        batch = min(self.job.train.global_batch, clips)
+        for start in range(0, clips - batch + 1, batch):
+            pieces = rank_clips(batch, world, rank, self.job.train.micro_batch)
+            yield [(start + first, start + last) for first, last in pieces]
+
+    @torch.no_grad()
+    def validate(self, engine: Engine, step: int) -> dict[str, float]:
+        """Loss on the held-out videos; clips and masks are the same every time."""
+        if self.validation is None or self.validation.global_batch < distributed.world_size():
+            return {}
+        total: dict[str, Tensor] = {}
+        for pieces in self._validation_pieces():
+            loaded = [self._load(self.validation.keys(0, *piece)) for piece in pieces]
+            shared = self._share(loaded, engine.device)
+            for batch in (part.to(engine.device) for part in loaded):
+                pool = shared.pool if self.job.train.nce_pool == "global" else batch.visible_video()
+                sums = engine.module(batch, pool)
+                for name in LossSums.__dataclass_fields__:
+                    total[name] = total.get(name, 0) + getattr(sums, name).double()
+        joined = distributed.all_sum(torch.stack([total[name] for name in sorted(total)]))
+        values = self.summarise(dict(zip(sorted(total), joined.tolist(), strict=True)))
+        return {f"validation/{name}": value for name, value in values.items()}
+
+    def export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Model, configuration and tokenizer, as `vlm_dist.load` reads them."""
+        vlm = VLM(self.vlm.config)
+        vlm.load_state_dict({name.removeprefix("vlm."): tensor for name, tensor in weights.items()})
+        save_vlm(vlm, self.tokenizer, folder)
