@@ -1,0 +1,298 @@
+"""feature_store.writer and commit: one winner whatever happens in between, refusals, a full disk, SIGKILL."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+
+from feature_store.commit import commit_path, committed_shards, read_commit, staged_attempts
+from feature_store.index import StoreIndex
+from feature_store.layout import create_store, open_store
+from feature_store.plan import PlannedVideo, plan_videos
+from feature_store.reader import FeatureReader
+from feature_store.records import VideoRecord
+from feature_store.snapshot import finalise, snapshot_names
+from feature_store.verify import verify_store
+from feature_store.writer import ShardAttempt, shard_done
+from tests.feature_store.store_tools import F, add_video, features, make_store, provenance, random_corpus, write_shards
+from vlm_dist.errors import StoreError
+
+
+def test_bytes_are_those_of_zarr_python(tmp_path: Path) -> None:
+    """A shard file equals the one that zarr-python writes with the same codecs, byte for byte."""
+    rows = features("v", 700)
+    root = make_store(tmp_path / "ours", {"v": rows}, 1024)
+    theirs = zarr.create_array(
+        tmp_path / "theirs",
+        shape=(1024, F),
+        shards=(1024, F),
+        chunks=(256, F),
+        dtype="float16",
+        compressors=[zarr.codecs.Crc32cCodec()],
+        fill_value=0,
+    )
+    theirs[:700] = rows
+    assert (root / "features/c/0/0").read_bytes() == (tmp_path / "theirs/c/0/0").read_bytes()
+    mine, other = (
+        json.loads(path.read_text()) for path in (root / "features/zarr.json", tmp_path / "theirs/zarr.json")
+    )
+    assert all(mine[key] == other[key] for key in ("shape", "data_type", "chunk_grid", "fill_value", "codecs"))
+
+
+def test_other_readers_see_the_same(tmp_path: Path) -> None:
+    corpus = random_corpus(12)
+    root = make_store(tmp_path / "store", corpus)
+    reader = FeatureReader(root, "always")
+    array = zarr.open_group(root, mode="r")["features"]
+    driver = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(root / "features")}}
+    tensor = tensorstore.open(driver, read=True).result()
+    for video in range(reader.index.num_videos):
+        rows = corpus[reader.index.video_id(video)]
+        start = int(reader.index.shard[video]) * 1024 + int(reader.index.row[video])
+        assert np.array_equal(reader.read(video), rows)
+        assert np.array_equal(array[start : start + len(rows)], rows)
+        assert np.array_equal(tensor[start : start + len(rows)].read().result(), rows)
+
+
+def test_the_second_attempt_loses_whole(tmp_path: Path) -> None:
+    create_store(tmp_path, provenance(), 512)
+    (task,) = plan_videos(tmp_path, [PlannedVideo("v", "v.mp4")], 1)
+    attempts = [ShardAttempt(tmp_path, task.shard) for _ in range(3)]
+    for salt, attempt in enumerate(attempts):
+        add_video(attempt, task.videos[0], features("v", 100, salt=salt))
+    assert not shard_done(tmp_path, task.shard)
+    assert [attempts[1].commit(), attempts[0].commit(), attempts[2].commit()] == [True, False, False]
+    assert shard_done(tmp_path, task.shard)
+    finalise(tmp_path)
+    assert np.array_equal(FeatureReader(tmp_path).read(0), features("v", 100, salt=1))
+    assert not list((tmp_path / "_staging").iterdir())
+
+
+def test_a_loser_whose_staging_was_swept(tmp_path: Path) -> None:
+    create_store(tmp_path, provenance(), 512)
+    (task,) = plan_videos(tmp_path, [PlannedVideo("v", "v.mp4")], 1)
+    late = ShardAttempt(tmp_path, task.shard)
+    add_video(late, task.videos[0], features("v", 300, salt=1))
+    write_shards(tmp_path, {"v": features("v", 300)})
+    finalise(tmp_path)
+    assert not late.commit()
+    assert not verify_store(tmp_path, deep=True).problems
+    assert np.array_equal(FeatureReader(tmp_path).read(0), features("v", 300))
+
+
+def test_anyone_rolls_a_commit_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_store(tmp_path, provenance(), 512)
+    (task,) = plan_videos(tmp_path, [PlannedVideo("v", "v.mp4")], 1)
+    attempt = ShardAttempt(tmp_path, task.shard)
+    add_video(attempt, task.videos[0], features("v", 300))
+    with monkeypatch.context() as patch:  # a kill right after the commit point
+        patch.setattr("feature_store.writer.roll_forward", lambda *_: exit_here())
+        with pytest.raises(SystemExit):
+            attempt.commit()
+    meta = open_store(tmp_path)
+    assert commit_path(meta, 0).exists()
+    assert not meta.shard_path(0).exists()
+    assert not verify_store(tmp_path, deep=True).problems  # a state that a kill may leave
+    assert plan_videos(tmp_path, [], 1) == []
+    finalise(tmp_path)
+    assert np.array_equal(FeatureReader(tmp_path, "always").read(0), features("v", 300))
+    assert not list(meta.staging.iterdir())
+
+
+def exit_here() -> None:
+    raise SystemExit
+
+
+def test_failed_videos_only(tmp_path: Path) -> None:
+    root = make_store(tmp_path, {"a": None, "b": None})
+    assert not (root / "features" / "c").exists()
+    assert read_commit(open_store(root), 0).size == 0
+    assert FeatureReader(root).index.num_videos == 0
+    assert not verify_store(root, deep=True).problems
+    assert not list((root / "_staging").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.zeros((5, F), np.float16), "all zero"),
+        (np.full((5, F), np.nan, np.float16), "not finite"),
+        (np.full((5, F), np.inf, np.float16), "not finite"),
+        (np.empty((0, F), np.float16), "empty"),
+        (np.ones((5, F), np.float32), "float32"),
+        (np.ones((5, F + 1), np.float16), rf"float16 \(5, {F + 1}\); this store takes float16 \(seconds, {F}\)"),
+        (np.ones(F, np.float16), "takes float16"),
+    ],
+)
+def test_features_that_no_encoder_gives(tmp_path: Path, rows: np.ndarray, message: str) -> None:
+    create_store(tmp_path, provenance(), 512)
+    with ShardAttempt(tmp_path, 0) as attempt:
+        with pytest.raises(StoreError, match=message):
+            attempt.add(VideoRecord(video_id="odd"), rows)
+        attempt.add(VideoRecord(video_id="good"), features("good", 10))  # the attempt goes on
+        assert attempt.commit()
+    assert [record.video_id for record in read_commit(open_store(tmp_path), 0).videos] == ["good"]
+
+
+def test_abandoned_attempts_leave_nothing(tmp_path: Path) -> None:
+    create_store(tmp_path, provenance(), 512)
+    with ShardAttempt(tmp_path, 0) as attempt:
+        attempt.add(VideoRecord(video_id="v"), features("v", 400))
+        assert list((tmp_path / "_staging").iterdir())
+    assert not list((tmp_path / "_staging").iterdir())
+    assert not shard_done(tmp_path, 0)
+
+
+def test_writers_and_snapshots_at_once(tmp_path: Path) -> None:
+    """A snapshot never holds less than the one before it, whoever writes it."""
+    create_store(tmp_path, provenance(), 512)
+
+    def extract(worker: int) -> None:
+        for step in range(4):
+            video_id = f"{worker}-{step}"
+            plan_videos(tmp_path, [PlannedVideo(video_id, "")], 1)
+            for task in plan_videos(tmp_path, [], 1):
+                if task.videos[0].video_id == video_id:
+                    with ShardAttempt(tmp_path, task.shard) as attempt:
+                        add_video(attempt, task.videos[0], features(video_id, 30))
+                        assert attempt.commit()
+            finalise(tmp_path)
+            assert StoreIndex(tmp_path).find(video_id) >= 0
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(extract, range(4)))
+    names = snapshot_names(open_store(tmp_path))
+    held = [set(StoreIndex(tmp_path, name).id_list()) for name in names]
+    assert all(before < after for before, after in pairwise(held))
+    assert len(held[-1]) == 16
+    assert names == [f"{number:06d}" for number in range(1, len(names) + 1)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    if not mounted:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk(small_disk: Path) -> None:
+    root = small_disk / "store"
+    create_store(root, provenance(), 65536)
+    corpus = {f"v{number}": features(f"v{number}", 3000) for number in range(16)}
+    with pytest.raises(StoreError, match=r"the disk of .*_staging.* is full: [\d,]+ bytes are needed .* free") as error:
+        write_shards(root, corpus, 2)
+    assert "run the same command again" in str(error.value)
+    written = len(committed_shards(open_store(root)))
+    assert written >= 2
+    assert not list((root / "_staging").iterdir())
+    (small_disk / "more").write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 65536)))
+    with pytest.raises(StoreError, match=r"the disk of .*index/000001 is full"):
+        finalise(root)
+    report = verify_store(root, deep=True)
+    assert (report.problems, report.shards) == ([], written)
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    write_shards(root, corpus, 2)
+    finalise(root)
+    report = verify_store(root, deep=True)
+    assert (report.problems, report.videos) == ([], 16)
+
+
+def test_a_failed_write_is_never_followed_by_another(small_disk: Path) -> None:
+    create_store(small_disk, provenance(), 65536)
+    attempt = ShardAttempt(small_disk, 0)
+    with pytest.raises(StoreError, match="is full"):
+        attempt.add(VideoRecord(video_id="large"), features("large", 60000))
+    with pytest.raises(StoreError, match="abandon this attempt"):
+        attempt.add(VideoRecord(video_id="small"), features("small", 10))
+    with pytest.raises(StoreError, match="abandon this attempt"):
+        attempt.commit()
+    attempt.abandon()
+    assert not shard_done(small_disk, 0)
+    assert not list((small_disk / "_staging").iterdir())
+
+
+WRITER = """
+import sys
+import time
+from pathlib import Path
+from tests.feature_store.store_tools import add_video, features
+from feature_store.plan import PlannedVideo, plan_videos
+from feature_store.snapshot import finalise, snapshot_names
+from feature_store.writer import ShardAttempt, shard_done
+root, salt, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+videos = [PlannedVideo(f"video-{k}", "") for k in range(count)]
+while tasks := plan_videos(root, videos, 2):
+    for task in tasks[salt % 2 :] + tasks[: salt % 2]:
+        if not shard_done(root, task.shard):
+            with ShardAttempt(root, task.shard) as attempt:
+                for video in task.videos:
+                    time.sleep(0.02)
+                    rows = 1 + sum(video.video_id.encode()) * 37 % 1500
+                    add_video(attempt, video, features(video.video_id, rows, salt=salt))
+                attempt.commit()
+    finalise(root)
+finalise(root)
+"""
+
+
+@pytest.mark.slow
+def test_killed_writers_leave_a_whole_store(tmp_path: Path) -> None:
+    """Three writers on the same growing corpus, whose attempts differ in their bits; 20 SIGKILLs; then all end."""
+    root, rng = tmp_path / "store", random.Random(0)
+    create_store(root, provenance(), 2048)
+
+    def start(salt: int) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", WRITER, str(root), str(salt), str(videos_of(salt))]
+        return subprocess.Popen(command, env=environment)
+
+    def videos_of(salt: int) -> int:
+        return 60 + 10 * salt
+
+    running, kills, salt = [start(salt) for salt in range(3)], 0, 3
+    seen: dict[str, bytes] = {}
+    while kills < 20:
+        time.sleep(rng.uniform(0.3, 0.8))
+        victim = rng.randrange(3)
+        running[victim].send_signal(signal.SIGKILL)
+        kills += running[victim].wait() == -signal.SIGKILL
+        now = {path.name: path.read_bytes() for path in (root / "_commits").iterdir()}
+        assert all(now.get(name) == data for name, data in seen.items()), "a committed record changed"
+        seen = now
+        running[victim] = start(salt)
+        salt += 1
+    for process in running:
+        assert process.wait() == 0
+    finalise(root)
+    report = verify_store(root, deep=True)
+    assert (report.problems, report.videos) == ([], videos_of(salt - 1))
+    reader = FeatureReader(root, "always")
+    for video in range(report.videos):
+        video_id = reader.index.video_id(video)
+        rows = 1 + sum(video_id.encode()) * 37 % 1500
+        assert any(np.array_equal(reader.read(video), features(video_id, rows, salt=s)) for s in range(salt))
+    left = [folder.name for *_, folder in staged_attempts(open_store(root))]
+    assert not left
+    report = verify_store(root, repair=True)
+    print(f"{kills} kills, {salt} writers, {report.shards} shards, {report.videos} videos, removed {report.repaired}")
+    assert not report.problems
+    assert not list((root / "_staging").iterdir())

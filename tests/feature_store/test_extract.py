@@ -1,0 +1,344 @@
+"""feature_store.extract on a real Ray: a corpus with broken videos, again, more of it, dead workers, a full disk."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from feature_store.config import DecodeConfig, ExtractConfig
+from feature_store.encode import features_from_file
+from feature_store.encoder import kept_weights, prepare_encoder
+from feature_store.extract import ExtractProgress, ExtractSummary, extract_corpus
+from feature_store.extract_worker import note_path
+from feature_store.info import failures
+from feature_store.layout import open_store
+from feature_store.manifest import list_inputs
+from feature_store.plan import PlannedVideo
+from feature_store.reader import FeatureReader
+from feature_store.verify import verify_store
+from feature_store.weights import load_s3d
+from vlm_dist.errors import ConfigError, ExtractionError, StoreError
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+CFG = ExtractConfig(decode=DecodeConfig(fps=16, size=64), workers=2)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Path]) -> Path:
+    """Ten small videos of 2 to 4 seconds."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(10):
+        make_video(folder / f"v{number}.mp4", 2 + number % 3, seed=number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extracted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExtractSummary]:
+    store = tmp_path_factory.mktemp("extracted") / "store"
+    return store, extract_corpus(store, list_inputs([corpus]), CFG, random_seed=0)
+
+
+def all_features(store: Path) -> dict[str, np.ndarray]:
+    reader = FeatureReader(store, check="always")
+    return {reader.index.video_id(k): reader.read(k) for k in range(reader.index.num_videos)}
+
+
+def test_features_are_those_of_the_one_function(corpus: Path, extracted: tuple[Path, ExtractSummary]) -> None:
+    store, summary = extracted
+    assert (summary.tally.ok, summary.tally.failed, summary.tally.seconds) == (10, 0, 29)
+    assert not summary.nothing_to_do
+    assert summary.shards >= 4
+    model, _ = load_s3d(kept_weights(open_store(store)))
+    features = all_features(store)
+    assert sorted(features) == [f"v{number}" for number in range(10)]
+    for video_id, rows in features.items():
+        alone = features_from_file(corpus / f"{video_id}.mp4", model, CFG).features
+        assert rows.shape == alone.shape
+        assert np.abs(rows.astype(np.float32) - alone.astype(np.float32)).max() < 2e-3
+    assert not verify_store(store, deep=True, repair=False).problems
+
+
+def test_provenance_says_what_the_encoder_was(extracted: tuple[Path, ExtractSummary]) -> None:
+    provenance = open_store(extracted[0]).provenance
+    assert provenance.weights == "random seed 0"
+    assert provenance.random_seed == 0
+    assert provenance.calibration == "10 one-second clips of the corpus"
+    assert (provenance.fps, provenance.window, provenance.size) == (16, 16, 64)
+    assert provenance.normalised
+    assert provenance.decoder.startswith("PyAV")
+
+
+def test_again_does_nothing(corpus: Path, extracted: tuple[Path, ExtractSummary]) -> None:
+    store, first = extracted
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+    again = extract_corpus(store, list_inputs([corpus]), CFG, random_seed=0)
+    assert again.nothing_to_do
+    assert (again.listed, again.tally.ok, again.snapshot) == (10, 0, first.snapshot)
+    assert before == {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+
+
+def test_more_videos_go_through_the_same_encoder(
+    corpus: Path, extracted: tuple[Path, ExtractSummary], tmp_path: Path, make_video: Callable[..., Path]
+) -> None:
+    store = shutil.copytree(extracted[0], tmp_path / "store")
+    new = make_video(tmp_path / "new.mp4", 3.0, seed=99)
+    summary = extract_corpus(store, list_inputs([corpus, new]), CFG, random_seed=0)
+    assert (summary.tally.ok, summary.shards) == (1, 1)
+    features = all_features(store)
+    assert len(features) == 11
+    model, _ = load_s3d(kept_weights(open_store(store)))
+    alone = features_from_file(new, model, CFG).features
+    assert np.abs(features["new"].astype(np.float32) - alone.astype(np.float32)).max() < 2e-3
+
+
+def test_another_encoder_is_refused(corpus: Path, extracted: tuple[Path, ExtractSummary]) -> None:
+    videos = list_inputs([corpus])
+    with pytest.raises(StoreError, match="random seed"):
+        extract_corpus(extracted[0], videos, CFG, random_seed=1)
+    other = CFG.model_copy(update={"decode": CFG.decode.model_copy(update={"fps": 8})})
+    with pytest.raises(StoreError, match="fps is 16"):
+        extract_corpus(extracted[0], videos, other, random_seed=0)
+    unrotated = CFG.model_copy(update={"decode": CFG.decode.model_copy(update={"rotate": False})})
+    with pytest.raises(StoreError, match="decoder"):
+        extract_corpus(extracted[0], videos, unrotated, random_seed=0)
+
+
+def test_broken_videos_are_recorded_and_the_rest_goes_on(
+    tmp_path: Path, make_video: Callable[..., Path], broken_videos: dict[str, Path]
+) -> None:
+    good = [make_video(tmp_path / f"good{number}.mp4", 2.0, seed=number) for number in range(3)]
+    videos = list_inputs([*good, *broken_videos.values()])
+    videos.append(PlannedVideo(video_id="good1", path=str(good[2])))
+    seen: list[ExtractProgress] = []
+    summary = extract_corpus(tmp_path / "store", videos, CFG, random_seed=0, on_progress=seen.append)
+    assert (summary.listed, summary.tally.ok, summary.tally.failed) == (10, 3, 6)
+    assert summary.tally.reasons == dict.fromkeys(broken_videos, 1)
+    found = failures(tmp_path / "store")
+    assert {record.reason for record in found} == {*broken_videos, "duplicate"}
+    for record in found:
+        if record.reason != "duplicate":
+            assert Path(record.path) == broken_videos[record.reason]
+            assert record.message
+    truncated = next(record for record in found if record.reason == "truncated")
+    assert 0 < truncated.decoded_s < truncated.claimed_s
+    assert sorted(all_features(tmp_path / "store")) == ["good0", "good1", "good2"]
+    assert (seen[-1].done, seen[-1].videos, seen[-1].shards_done) == (9, 9, seen[-1].shards)
+    assert seen[-1].video_seconds_per_s > 0
+    assert seen[-1].eta_s == 0
+
+
+def test_weights_must_be_chosen(corpus: Path, tmp_path: Path) -> None:
+    videos = list_inputs([corpus])
+    with pytest.raises(ConfigError, match="S3D_HowTo100M"):
+        extract_corpus(tmp_path / "store", videos, CFG)
+    with pytest.raises(ConfigError, match="not both"):
+        extract_corpus(tmp_path / "store", videos, CFG, random_seed=0, weights=Path("a.pth"))
+    with pytest.raises(ConfigError, match="mixed_5c"):
+        extract_corpus(tmp_path / "store", videos, CFG.model_copy(update={"layer": "mixed_5c"}), random_seed=0)
+    assert not (tmp_path / "store").exists()
+
+
+def test_given_weights(corpus: Path, extracted: tuple[Path, ExtractSummary], tmp_path: Path) -> None:
+    weights = kept_weights(open_store(extracted[0]))
+    cfg = CFG.model_copy(update={"layer": "mixed_5c", "normalise": False})
+    summary = extract_corpus(tmp_path / "store", list_inputs([corpus / "v0.mp4"]), cfg, weights=weights)
+    assert summary.tally.ok == 1
+    assert all_features(tmp_path / "store")["v0"].shape == (2, 1024)
+    assert open_store(tmp_path / "store").provenance.random_seed is None
+    assert not (tmp_path / "store" / "_extractor").exists()
+
+
+def test_lost_random_weights_are_named(corpus: Path, extracted: tuple[Path, ExtractSummary], tmp_path: Path) -> None:
+    store = shutil.copytree(extracted[0], tmp_path / "store")
+    kept = kept_weights(open_store(store))
+    kept.write_bytes(kept.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(StoreError, match="damaged"):
+        prepare_encoder(store, list_inputs([corpus]), CFG, random_seed=0)
+
+
+def test_more_workers_than_the_cluster_has(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Ray has 2 CPUs and 0 GPUs; use --workers 2"):
+        extract_corpus(tmp_path / "store", list_inputs([corpus]), CFG.model_copy(update={"workers": 8}), random_seed=0)
+    with pytest.raises(ConfigError, match="GPU"):
+        extract_corpus(
+            tmp_path / "store", list_inputs([corpus]), CFG.model_copy(update={"gpus_per_worker": 1.0}), random_seed=0
+        )
+
+
+def worker_pids() -> list[int]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"]
+        if command and command[0].startswith("ray::ShardWorker"):
+            found.append(process.pid)
+    return found
+
+
+class Killer(threading.Thread):
+    """SIGKILLs the extraction's workers: whenever `due` says so, at most `times`."""
+
+    def __init__(self, due: Callable[[], bool], times: int) -> None:
+        super().__init__(daemon=True)
+        self.due, self.times, self.kills = due, times, 0
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self.stopped.wait(0.01) and self.kills < self.times:
+            pids = worker_pids() if self.due() else []
+            if pids:
+                os.kill(pids[self.kills % len(pids)], signal.SIGKILL)
+                self.kills += 1
+                time.sleep(0.3)
+
+    def __enter__(self) -> "Killer":
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stopped.set()
+        self.join()
+
+
+def in_work(store: Path, video_id: str) -> bool:
+    """Whether a worker's note names the video."""
+    return any(f'["{video_id}"' in read_text(path) for path in note_path(store, 0).parent.glob("note-*.json"))
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_nothing(corpus: Path, extracted: tuple[Path, ExtractSummary], tmp_path: Path) -> None:
+    store = shutil.copytree(extracted[0], tmp_path / "store")
+    for name in ("features/c", "index", "_plan", "_commits", "_staging", "CURRENT"):  # keep only the encoder
+        target = store / name
+        if target.is_dir():
+            for path in target.iterdir():
+                if path.name != "zarr.json":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        else:
+            target.unlink(missing_ok=True)
+    done = lambda: len(list((store / "_commits").iterdir())) >= 1  # noqa: E731
+    with Killer(done, 3) as killer:
+        summary = extract_corpus(store, list_inputs([corpus]), CFG, random_seed=0)
+    assert killer.kills >= 1
+    assert summary.worker_deaths >= 1
+    assert (summary.tally.ok, summary.tally.seconds) == (10, 29)
+    before, after = all_features(extracted[0]), all_features(store)
+    assert sorted(before) == sorted(after)
+    for video_id, rows in before.items():
+        assert np.abs(rows.astype(np.float32) - after[video_id].astype(np.float32)).max() <= 2**-11
+    assert not verify_store(store, deep=True, repair=False).problems
+
+
+@pytest.mark.slow
+def test_a_video_that_takes_workers_down_is_given_up(tmp_path: Path, make_video: Callable[..., Path]) -> None:
+    for number in range(3):
+        make_video(tmp_path / f"v{number}.mp4", 2.0, seed=number)
+    make_video(tmp_path / "hostile.mp4", 60.0, seed=9)
+    store = tmp_path / "store"
+    with Killer(lambda: in_work(store, "hostile"), 99) as killer:
+        summary = extract_corpus(store, list_inputs([tmp_path]), CFG.model_copy(update={"workers": 1}), random_seed=0)
+    assert killer.kills >= 2
+    assert summary.worker_deaths >= 2
+    assert summary.tally.reasons == {"decoder_crash": 1}
+    (record,) = failures(store)
+    assert (record.video_id, record.reason, record.attempts) == ("hostile", "decoder_crash", 2)
+    assert sorted(all_features(store)) == ["v0", "v1", "v2"]
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_start_stop_the_work(corpus: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with Killer(lambda: not in_work(store, "v"), 99), pytest.raises(ExtractionError, match="outside of any video"):
+        extract_corpus(store, list_inputs([corpus]), CFG.model_copy(update={"workers": 1}), random_seed=0)
+
+
+INTERRUPTED = """
+import sys
+from contextlib import suppress
+from pathlib import Path
+import ray
+from feature_store.config import DecodeConfig, ExtractConfig
+from feature_store.extract import extract_corpus
+from feature_store.manifest import list_inputs
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+cfg = ExtractConfig(decode=DecodeConfig(fps=16, size=64), workers=2)
+show = lambda progress: print("shards", progress.shards_done, flush=True)
+try:
+    summary = extract_corpus(Path(sys.argv[1]), list_inputs([Path(sys.argv[2])]), cfg, random_seed=0, on_progress=show)
+    print("done", summary.tally.ok, flush=True)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_driver_goes_on(tmp_path: Path, make_video: Callable[..., Path], kind: signal.Signals) -> None:
+    for number in range(12):
+        make_video(tmp_path / "videos" / f"v{number}.mp4", 12.0, seed=number)
+    store = tmp_path / "store"
+    command = [sys.executable, "-c", INTERRUPTED, str(store), str(tmp_path / "videos")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("shards") and int(line.split()[1]) >= 2:
+                break
+        process.send_signal(kind)
+        rest = process.stdout.read()
+    assert ("interrupted" in rest) == (kind == signal.SIGINT)
+    committed = {path.name: path.read_bytes() for path in (store / "_commits").iterdir()}
+    assert 2 <= len(committed) < 12
+    time.sleep(2)  # workers of a killed driver are ended by Ray
+    summary = extract_corpus(store, list_inputs([tmp_path / "videos"]), CFG, random_seed=0)
+    assert 0 < summary.shards <= 12 - len(committed)
+    assert all((store / "_commits" / name).read_bytes() == data for name, data in committed.items())
+    assert len(all_features(store)) == 12
+    assert not verify_store(store, deep=True, repair=False).problems
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 42 MiB: room for the encoder's weights and a little more."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=42m", "none", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_with_a_valid_store(corpus: Path, tiny_disk: Path) -> None:
+    store, filler = tiny_disk / "store", tiny_disk / "filler"
+    cfg = CFG.model_copy(update={"workers": 1})
+
+    def fill(progress: ExtractProgress) -> None:
+        if progress.shards_done >= 2 and not filler.exists():
+            with filler.open("wb") as file, suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 16))
+
+    with pytest.raises(StoreError, match="full"):
+        extract_corpus(store, list_inputs([corpus]), cfg, random_seed=0, on_progress=fill)
+    filler.unlink()
+    assert not verify_store(store, deep=True, repair=False).problems
+    summary = extract_corpus(store, list_inputs([corpus]), cfg, random_seed=0)
+    assert 0 < summary.tally.ok < 10
+    assert len(all_features(store)) == 10

@@ -1,0 +1,131 @@
+"""feature_store.plan: shares, segments that only grow, duplicates, and videos that found no place."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import zarr
+
+from feature_store.info import failures
+from feature_store.layout import create_store, open_store
+from feature_store.plan import PlannedVideo, anything_to_do, plan_videos, read_plan
+from feature_store.records import VideoRecord
+from feature_store.writer import ShardAttempt
+from tests.feature_store.store_tools import features, provenance, write_shards
+
+
+def planned(count: int, start: int = 0) -> list[PlannedVideo]:
+    return [PlannedVideo(f"v{number}", f"/videos/{number}.mp4") for number in range(start, start + count)]
+
+
+@pytest.mark.parametrize(
+    ("videos", "workers", "shards", "largest"),
+    [(1, 8, 1, 1), (100, 2, 9, 12), (100, 1, 4, 25), (1000, 1, 6, 167), (3, 1, 3, 1), (5000, 4, 30, 167)],
+)
+def test_shares(tmp_path: Path, videos: int, workers: int, shards: int, largest: int) -> None:
+    create_store(tmp_path, provenance(feature_dim=512))
+    tasks = plan_videos(tmp_path, planned(videos), workers)
+    assert [task.shard for task in tasks] == list(range(shards))
+    assert max(len(task.videos) for task in tasks) == largest <= 168
+    assert [video for task in tasks for video in task.videos] == planned(videos)
+    assert zarr.open_group(tmp_path, mode="r")["features"].shape == (shards * 65536, 512)
+
+
+def test_again_adds_nothing_and_new_videos_add_one_segment(tmp_path: Path) -> None:
+    meta = create_store(tmp_path, provenance(), 512)
+    first = plan_videos(tmp_path, planned(20), 1)
+    assert plan_videos(tmp_path, planned(20), 4) == first
+    both = plan_videos(tmp_path, planned(30, 10), 1)
+    assert both[: len(first)] == first
+    assert [segment.first_shard for segment in read_plan(meta)] == [0, len(first)]
+    assert {video for task in both for video in task.videos} == set(planned(40))
+    write_shards(tmp_path, {video.video_id: features(video.video_id, 5) for video in planned(40)})
+    assert plan_videos(tmp_path, planned(40), 1) == []
+    assert not anything_to_do(tmp_path, planned(40))
+    assert anything_to_do(tmp_path, planned(41))
+    assert anything_to_do(tmp_path, [*planned(40), PlannedVideo("v0", "/another/0.mp4")])
+
+
+def test_a_corpus_may_move(tmp_path: Path) -> None:
+    create_store(tmp_path, provenance(), 512)
+    plan_videos(tmp_path, planned(2), 1)
+    (task, other) = plan_videos(tmp_path, [PlannedVideo("v0", "/elsewhere/0.mp4")], 1)
+    assert task.videos[0].path == "/elsewhere/0.mp4"
+    assert other.videos[0].path == "/videos/1.mp4"
+
+
+def test_duplicates_are_recorded_once_for_each_further_input(tmp_path: Path) -> None:
+    create_store(tmp_path, provenance(), 512)
+    videos = [
+        PlannedVideo("a", "1.mp4"),
+        PlannedVideo("a", "2.mp4"),
+        PlannedVideo("a", "2.mp4"),
+        PlannedVideo("b", "b"),
+    ]
+    assert anything_to_do(tmp_path, videos)
+    for _ in range(2):
+        tasks = plan_videos(tmp_path, videos, 1)
+        assert [video.path for task in tasks for video in task.videos] == ["1.mp4", "b"]
+        assert [(record.video_id, record.path, record.reason) for record in failures(tmp_path)] == [
+            ("a", "2.mp4", "duplicate")
+        ] * 2
+    assert len(read_plan(open_store(tmp_path))) == 1
+
+
+def test_videos_without_a_place_are_planned_again(tmp_path: Path) -> None:
+    create_store(tmp_path, provenance(feature_dim=512))
+    (task, *_) = plan_videos(tmp_path, planned(16), 1)
+    assert len(task.videos) == 4
+    with ShardAttempt(tmp_path, task.shard) as attempt:
+        kept = attempt.add(VideoRecord(video_id="v0"), features("v0", 40000, 512))
+        overflow = attempt.add(VideoRecord(video_id="v1"), features("v1", 30000, 512))
+        long = attempt.add(VideoRecord(video_id="v2"), features("v2", 70000, 512))  # and v3 is left out
+        assert attempt.commit()
+    assert (kept.status, overflow.status, long.status, long.reason) == ("ok", "overflow", "failed", "too_long")
+    tasks = plan_videos(tmp_path, [], 1)
+    assert [[video.video_id for video in task.videos] for task in tasks[-2:]] == [["v1"], ["v3"]]
+    assert [record.video_id for record in failures(tmp_path)] == ["v2"]
+    assert plan_videos(tmp_path, [], 1) == tasks
+
+
+def test_planners_at_once_lose_nothing(tmp_path: Path) -> None:
+    create_store(tmp_path, provenance(), 512)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda k: plan_videos(tmp_path, planned(10, 5 * k), 1), range(8)))
+    tasks = plan_videos(tmp_path, [], 1)
+    found = [video for task in tasks for video in task.videos]
+    assert sorted(found, key=lambda video: int(video.video_id[1:])) == planned(45)
+    assert [task.shard for task in tasks] == list(range(len(tasks)))
+    assert zarr.open_group(tmp_path, mode="r")["features"].shape[0] == len(tasks) * 512
+
+
+def test_ids_that_are_not_utf8_are_made_so(tmp_path: Path) -> None:
+    create_store(tmp_path, provenance(), 512)
+    (task,) = plan_videos(tmp_path, [PlannedVideo("bad\udcff", "/x/bad\udcff.mp4")], 1)
+    assert task.videos == (PlannedVideo("bad?", "/x/bad\udcff.mp4"),)
+    with ShardAttempt(tmp_path, 0) as attempt:
+        attempt.add(VideoRecord(video_id="bad?", path=task.videos[0].path), features("x", 3))
+        assert attempt.commit()
+    assert plan_videos(tmp_path, [PlannedVideo("bad\udcff", "/x/bad\udcff.mp4")], 1) == []
+
+
+def test_a_missing_file_has_its_turn_once_it_is_there(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    create_store(root, provenance(), 512)
+    video = PlannedVideo("late", str(tmp_path / "late.mp4"))
+
+    def commit(status: str, reason: str) -> None:
+        (task,) = plan_videos(root, [video], 1)
+        with ShardAttempt(root, task.shard) as attempt:
+            rows = features("late", 4) if status == "ok" else None
+            record = {"video_id": "late", "path": video.path, "status": status, "reason": reason}
+            attempt.add(VideoRecord.model_validate(record), rows)
+            assert attempt.commit()
+
+    commit("failed", "missing")
+    assert not anything_to_do(root, [video])
+    (tmp_path / "late.mp4").touch()
+    assert anything_to_do(root, [video])
+    commit("failed", "empty_file")
+    assert not anything_to_do(root, [video]), "only what was missing is tried again"
+    assert [record.reason for record in failures(root)] == ["empty_file"]

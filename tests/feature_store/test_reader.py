@@ -1,0 +1,189 @@
+"""feature_store.index and reader: every byte, every process, every kind of damage."""
+
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from feature_store.index import StoreIndex
+from feature_store.reader import FeatureReader
+from feature_store.snapshot import finalise
+from tests.feature_store.store_tools import F, features, flip_bit, make_store, write_shards
+from vlm_dist.errors import StoreError
+
+Corpus = dict[str, np.ndarray | None]
+
+
+def test_index_finds_every_video(store: Path, corpus: Corpus) -> None:
+    index = StoreIndex(store)
+    ids = [index.video_id(video) for video in range(index.num_videos)]
+    assert ids == sorted(video_id for video_id, rows in corpus.items() if rows is not None)
+    assert [index.find(video_id) for video_id in ids] == list(range(len(ids)))
+    assert [index.find(video_id) for video_id in ("broken", "", "zzz", "video-0", "video-0000")] == [-1] * 5
+    assert index.find_many(["video-003", "nobody"]).tolist() == [3, -1]
+    assert index.find_many(ids[::-1]).tolist() == list(range(len(ids)))[::-1]
+    assert index.n_rows.tolist() == [len(corpus[video_id]) for video_id in ids]
+    assert (index.status == 0).all()
+    assert (index.num_clips, index.num_tokens, index.tokenizer_dir) == (0, 0, None)
+    assert index.clip_ptr.tolist() == [0] * (len(ids) + 1)
+
+
+def test_reads_everything_with_few_shards_open(store: Path, corpus: Corpus) -> None:
+    reader = FeatureReader(store, "always", max_open=2)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        for video in range(reader.index.num_videos):
+            assert np.array_equal(reader.read(video), corpus[reader.index.video_id(video)])
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    order = np.random.default_rng(0).permutation(reader.index.num_videos)
+    for video, rows in zip(order, reader.read_many(order), strict=True):
+        assert np.array_equal(rows, corpus[reader.index.video_id(int(video))])
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def _sums(reader: FeatureReader, results: "multiprocessing.Queue[list[float]]") -> None:
+    results.put([float(reader.read(video).astype(np.float64).sum()) for video in range(reader.index.num_videos)])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes(store: Path, method: str) -> None:
+    reader = FeatureReader(store, "always")
+    expected = [float(reader.read(video).astype(np.float64).sum()) for video in range(reader.index.num_videos)]
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    children = [context.Process(target=_sums, args=(reader, results)) for _ in range(2)]
+    for child in children:
+        child.start()
+    assert [results.get(timeout=60) for _ in children] == [expected] * 2
+    for child in children:
+        child.join()
+
+
+def test_a_pickled_reader_keeps_its_snapshot(store: Path) -> None:
+    reader = FeatureReader(store, "always")
+    write_shards(store, {"a-new-one": features("a-new-one", 50)})
+    assert finalise(store) == "000002"
+    assert StoreIndex(store).num_videos == 31
+    again = pickle.loads(pickle.dumps(reader))
+    assert (again.index.name, again.index.num_videos) == ("000001", 30)
+    assert pickle.loads(pickle.dumps(reader.index)).fingerprint == reader.index.fingerprint
+    assert np.array_equal(again.read(7), reader.read(7))
+
+
+def test_fingerprint_is_of_the_content_alone(tmp_path: Path, store: Path, corpus: Corpus) -> None:
+    prints = {StoreIndex(store).fingerprint}
+    backwards = dict(reversed(corpus.items()))
+    prints.add(StoreIndex(make_store(tmp_path / "b", backwards, 2048)).fingerprint)
+    assert len(prints) == 1, "order, shard size, place and time must not count"
+    other = {**corpus, "video-000": features("video-000", len(corpus["video-000"]), salt=1)}
+    prints.add(StoreIndex(make_store(tmp_path / "c", other)).fingerprint)
+    renamed = {("renamed" if video_id == "video-000" else video_id): rows for video_id, rows in corpus.items()}
+    prints.add(StoreIndex(make_store(tmp_path / "d", renamed)).fingerprint)
+    assert len(prints) == 3
+
+
+def test_a_flipped_bit_is_named(store: Path) -> None:
+    reader = FeatureReader(store, "always")
+    video = 11
+    shard, row = int(reader.index.shard[video]), int(reader.index.row[video])
+    chunk, within = divmod(row, 256)
+    flip_bit(store / f"features/c/{shard}/0", chunk * (256 * F * 2 + 4) + within * F * 2 + 7, 5)
+    with pytest.raises(StoreError, match=rf"video video-011, shard {shard}: .*chunk {chunk} is damaged"):
+        reader.read(video)
+    assert len(FeatureReader(store, "off").read(video)) == reader.index.n_rows[video]
+    sampled = FeatureReader(store, "sampled")
+    with pytest.raises(StoreError, match="video-011"):
+        sampled.read_many([video] * 16)
+
+
+def test_a_wrong_offset_is_noticed(store: Path) -> None:
+    """Whole chunks with right checksums in the wrong place: only the video's own checksum can tell."""
+    reader = FeatureReader(store, "always")
+    first, second = sorted({int(shard) for shard in reader.index.shard})[:2]
+    paths = [store / f"features/c/{shard}/0" for shard in (first, second)]
+    one, two = (path.read_bytes() for path in paths)
+    paths[0].write_bytes(two)
+    paths[1].write_bytes(one)
+    for video in np.flatnonzero(np.isin(reader.index.shard, (first, second))):
+        with pytest.raises(StoreError, match=reader.index.video_id(int(video))):
+            reader.read(int(video))
+
+
+def test_missing_short_and_empty_shards(store: Path) -> None:
+    index = StoreIndex(store)
+    path = store / f"features/c/{int(index.shard[0])}/0"
+    data = path.read_bytes()
+    for damage, message in (
+        (data[:-1], "the chunk index at the end of shard"),
+        (data[:10], "is cut short"),
+        (b"", "is cut short"),
+        (data[:-30] + bytes([data[-30] ^ 1]) + data[-29:], "the chunk index at the end of shard"),
+    ):
+        path.write_bytes(damage)
+        with pytest.raises(StoreError, match=message):
+            FeatureReader(store).read(0)
+    path.unlink()
+    with pytest.raises(StoreError, match="is missing"):
+        FeatureReader(store).read(0)
+
+
+def test_an_absent_chunk_is_an_error_not_zeros(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", {"a": features("a", 300)}, 1024)
+    shorter = make_store(tmp_path / "shorter", {"a": features("a", 200)}, 1024)
+    os.replace(shorter / "features/c/0/0", store / "features/c/0/0")
+    with pytest.raises(StoreError, match=r"video a, shard 0, chunk 1: .* does not hold this chunk"):
+        FeatureReader(store, "off").read(0)
+
+
+def test_stores_without_a_snapshot(tmp_path: Path, store: Path) -> None:
+    (store / "CURRENT").rename(tmp_path / "CURRENT")
+    with pytest.raises(StoreError, match="no finished extraction yet"):
+        StoreIndex(store)
+    line = bytearray((tmp_path / "CURRENT").read_bytes())
+    line[5] ^= 3
+    (store / "CURRENT").write_bytes(line)
+    with pytest.raises(StoreError, match="CURRENT is damaged"):
+        StoreIndex(store)
+    with pytest.raises(StoreError, match="no index snapshot 000009"):
+        StoreIndex(store, "000009")
+
+
+def test_damaged_snapshots_do_not_open(store: Path) -> None:
+    folder = store / "index" / "000001"
+    (folder / "n_rows/c/0").write_bytes((folder / "n_rows/c/0").read_bytes()[:-4])
+    with pytest.raises(StoreError, match=r"n_rows/c/0 has 116 bytes, 120 belong there"):
+        StoreIndex(store)
+    flip_bit(folder / "snapshot.json", 100)
+    with pytest.raises(StoreError, match=r"snapshot\.json is damaged"):
+        StoreIndex(store)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    corpus=st.dictionaries(
+        st.text(min_size=1, max_size=12).filter(lambda text: text.encode("utf-8", "replace") == text.encode()),
+        st.one_of(st.none(), st.integers(1, 1030)),
+        max_size=8,
+    ),
+    rows_per_shard=st.sampled_from([256, 512, 1024]),
+)
+def test_any_corpus_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, int | None], rows_per_shard: int
+) -> None:
+    """Any ids and lengths: what fits in a shard is read back, the rest is refused, nothing else is there."""
+    filled = {
+        video_id: None if rows is None else np.full((rows, F), (number + 1) / 8, np.float16)
+        for number, (video_id, rows) in enumerate(corpus.items())
+    }
+    root = make_store(tmp_path_factory.mktemp("any") / "store", filled, rows_per_shard)
+    reader = FeatureReader(root, "always")
+    expected = {i: rows for i, rows in filled.items() if rows is not None and len(rows) <= rows_per_shard}
+    assert reader.index.num_videos == len(expected)
+    for video_id, rows in expected.items():
+        assert np.array_equal(reader.read(reader.index.find(video_id)), rows)

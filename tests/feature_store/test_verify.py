@@ -1,0 +1,215 @@
+"""feature_store.verify and info: every kind of damage is found and named, and a repair loses nothing that is whole."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from feature_store.captions import write_captions
+from feature_store.commit import iter_commits, void
+from feature_store.config import CaptionConfig
+from feature_store.index import StoreIndex
+from feature_store.info import failures, store_info
+from feature_store.layout import open_store
+from feature_store.plan import plan_videos
+from feature_store.reader import FeatureReader
+from feature_store.snapshot import finalise
+from feature_store.verify import verify_store
+from tests.feature_store.store_tools import features, flip_bit, make_store, write_shards
+from vlm_dist.errors import StoreError
+
+Corpus = dict[str, np.ndarray | None]
+
+
+@pytest.fixture
+def narrated(tmp_path: Path, store: Path, corpus: Corpus) -> Path:
+    """The finished store with captions for every video and one that waits."""
+    captions = {
+        video_id: {"start": [0, 0.5], "end": [0.7, 1.5], "text": ["now cut it", f"see {video_id}"]}
+        for video_id in [*corpus, "waits"]
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    write_captions(store, tmp_path / "captions.json", CaptionConfig(tokenizer="wordpiece:100"))
+    return store
+
+
+def restore(store: Path, corpus: Corpus) -> None:
+    """Extracts again what a repair took out; the store is then as it was."""
+    write_shards(store, corpus)
+    finalise(store)
+    report = verify_store(store, deep=True)
+    assert not report.problems
+    reader = FeatureReader(store, "always")
+    assert reader.index.num_videos == 30
+    for video in range(30):
+        assert np.array_equal(reader.read(video), corpus[reader.index.video_id(video)])
+
+
+def test_a_sound_store(narrated: Path) -> None:
+    report = verify_store(narrated, deep=True)
+    assert (report.problems, report.videos, report.repaired) == ([], 30, [])
+    assert report.bytes_checked == sum(path.stat().st_size for path in (narrated / "features/c").glob("*/0"))
+    before = {path: path.stat().st_mtime_ns for path in narrated.rglob("*") if path.is_file()}
+    assert verify_store(narrated, deep=True, repair=True).repaired == []
+    assert before == {path: path.stat().st_mtime_ns for path in narrated.rglob("*") if path.is_file()}
+
+
+def test_flipped_bit_in_features_names_video_shard_and_chunk(narrated: Path, corpus: Corpus) -> None:
+    fingerprint = StoreIndex(narrated).fingerprint
+    flip_bit(narrated / "features/c/1/0", 100)
+    assert not verify_store(narrated).problems, "quick looks at sizes"
+    problems = verify_store(narrated, deep=True).problems
+    assert [problem.kind for problem in problems] == ["chunk", "video"]
+    index = StoreIndex(narrated)
+    (video,) = np.flatnonzero((index.shard == 1) & (index.row == 0)).tolist()
+    assert all(f"video {index.video_id(video)}" in problem.where for problem in problems)
+    assert "shard 1" in problems[0].where
+    assert "chunk 0" in problems[0].where
+    report = verify_store(narrated, deep=True, repair=True)
+    assert not report.problems
+    assert report.repaired[0].startswith("voided shard 1")
+    assert report.videos < 30
+    restore(narrated, corpus)
+    assert StoreIndex(narrated).fingerprint == fingerprint, "captions came back with their videos"
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "empty"])
+def test_shards_that_are_gone_or_short(narrated: Path, corpus: Corpus, damage: str) -> None:
+    path = narrated / "features/c/2/0"
+    data = path.read_bytes()
+    path.unlink() if damage == "deleted" else path.write_bytes(data[: 0 if damage == "empty" else 3000])
+    with pytest.raises(StoreError, match="shard 2"):
+        finalise(narrated)
+    (problem,) = verify_store(narrated).problems
+    assert problem.kind == "shard"
+    assert "shard 2" in problem.where
+    assert not verify_store(narrated, repair=True).problems
+    restore(narrated, corpus)
+
+
+def test_damaged_commit_record(narrated: Path, corpus: Corpus) -> None:
+    flip_bit(narrated / "_commits/000003.json", 200, 2)
+    kinds = {problem.kind for problem in verify_store(narrated).problems}
+    assert "commit" in kinds
+    with pytest.raises(StoreError, match=r"000003\.json is damaged"):
+        plan_videos(narrated, [], 1)
+    report = verify_store(narrated, repair=True)
+    assert not report.problems
+    assert list((narrated / "_voided").glob("000003.*"))
+    restore(narrated, corpus)
+
+
+def test_a_half_copied_store(narrated: Path, corpus: Corpus) -> None:
+    """Features and index came over, some commit records did not; nobody may read what no record vouches for."""
+    for number in (0, 4):
+        (narrated / f"_commits/{number:06d}.json").unlink()
+    problems = verify_store(narrated).problems
+    assert {problem.kind for problem in problems} == {"stray", "video"}
+    assert any("features/c/4/0" in problem.where for problem in problems)
+    report = verify_store(narrated, repair=True)
+    assert not report.problems
+    assert StoreIndex(narrated).num_videos == report.videos < 30
+    restore(narrated, corpus)
+
+
+def test_damaged_index_arrays(narrated: Path, corpus: Corpus, tmp_path: Path) -> None:
+    current = StoreIndex(narrated).name
+    for name, byte in (("tokens", 3), ("clip_start_ms", 4 * 2 * 7 + 1), ("n_rows", 5), ("text", 30)):
+        path = narrated / "index" / current / name / "c" / "0"
+        data = path.read_bytes()
+        flip_bit(path, byte, 4)
+        problems = verify_store(narrated, deep=True).problems
+        assert any(f"array {name}" in problem.where and problem.kind == "index" for problem in problems), name
+        if name != "n_rows":
+            assert any(problem.kind == "captions" and "video video-" in problem.where for problem in problems), name
+        path.write_bytes(data)
+    flip_bit(path, 30, 4)
+    report = verify_store(narrated, deep=True, repair=True)
+    assert not report.problems
+    assert any("took out damaged snapshot" in line for line in report.repaired)
+    assert "no captions are left: write them again" in report.repaired
+    assert StoreIndex(narrated).num_videos == 30
+    restore(narrated, corpus)
+    again = write_captions(narrated, tmp_path / "captions.json", CaptionConfig(tokenizer="wordpiece:100"))
+    assert int(again.snapshot) > int(current), "a number is never used twice"
+
+
+def test_damaged_metadata_and_plan(narrated: Path, corpus: Corpus) -> None:
+    (narrated / "features/zarr.json").unlink()
+    flip_bit(narrated / "_plan/plan-000.json", 300)
+    flip_bit(narrated / "CURRENT", 2)
+    with pytest.raises(StoreError, match=r"plan-000\.json is damaged"):
+        plan_videos(narrated, [], 1)
+    kinds = {problem.kind for problem in verify_store(narrated).problems}
+    assert {"plan", "index"} <= kinds
+    report = verify_store(narrated, deep=True, repair=True)
+    assert not report.problems
+    assert any(line.startswith("rebuilt plan segment 0") for line in report.repaired)
+    assert StoreIndex(narrated).num_videos == 30
+    restore(narrated, corpus)
+
+
+def test_two_hundred_flipped_bits(narrated: Path, corpus: Corpus, tmp_path: Path) -> None:
+    """Every flipped bit is found by a deep look, or an error names the file; with checks no wrong byte is read."""
+    rng = random.Random(0)
+    skip = ("zarr.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")  # descriptions for other readers
+    files = [path for path in sorted(narrated.rglob("*")) if path.is_file() and path.name not in skip]
+    assert len(files) > 60
+    for _ in range(200):
+        path = rng.choice(files)
+        data = path.read_bytes()
+        byte, bit = rng.randrange(len(data)), rng.randrange(8)
+        flip_bit(path, byte, bit)
+        problems = verify_store(narrated, deep=True).problems
+        assert problems, f"bit {bit} of byte {byte} of {path}"
+        try:
+            reader = FeatureReader(narrated, "always")
+            found = {reader.index.video_id(v): reader.read(v) for v in range(reader.index.num_videos)}
+        except (StoreError, ValueError, IndexError, UnicodeDecodeError):
+            found = {}
+        assert all(np.array_equal(rows, corpus.get(i)) for i, rows in found.items() if path.parts[-4:-3] != ("index",))
+        path.write_bytes(data)
+    assert not verify_store(narrated, deep=True).problems
+
+
+def test_a_copy_elsewhere_is_the_same_store(narrated: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(narrated, tmp_path / "copy")
+    assert not verify_store(copy, deep=True).problems
+    assert StoreIndex(copy).fingerprint == StoreIndex(narrated).fingerprint
+
+
+def test_info_and_failures(narrated: Path, corpus: Corpus) -> None:
+    info = store_info(narrated)
+    assert json.loads(json.dumps(info)) == info
+    rows = sum(len(rows) for rows in corpus.values() if rows is not None)
+    assert info["videos"] == {"planned": 31, "ok": 30, "failed": 1, "open": 0}
+    assert (info["rows"], info["hours"], info["failures"]) == (rows, rows / 3600, {"corrupt": 1})
+    index = StoreIndex(narrated)
+    assert (info["clips"], info["tokens"], info["snapshot"]) == (index.num_clips, index.num_tokens, index.name)
+    assert (info["captions_without_video"], info["fingerprint"]) == (2, index.fingerprint)
+    assert info["provenance"]["weights"] == "random seed 0"
+    (failed,) = failures(narrated)
+    assert (failed.video_id, failed.reason, failed.path) == ("broken", "corrupt", "videos/broken.mp4")
+    void(open_store(narrated), 0)
+    assert store_info(narrated)["videos"]["open"] > 0
+
+
+def test_info_of_an_empty_store(tmp_path: Path) -> None:
+    info = store_info(make_store(tmp_path / "store", {}))
+    assert (info["videos"]["planned"], info["clips"], info["tokenizer"]) == (0, 0, None)
+
+
+def test_a_shard_that_is_done_again_settles_a_failure(store: Path, corpus: Corpus) -> None:
+    meta = open_store(store)
+    shard = next(commit.shard for commit in iter_commits(meta) if any(r.status == "failed" for r in commit.videos))
+    void(meta, shard)
+    assert failures(store) == []
+    write_shards(store, {**corpus, "broken": features("broken", 9)})
+    finalise(store)
+    reader = FeatureReader(store, "always")
+    assert np.array_equal(reader.read(reader.index.find("broken")), features("broken", 9))
+    assert store_info(store)["videos"] == {"planned": 31, "ok": 31, "failed": 0, "open": 0}
+    assert not verify_store(store, deep=True).problems

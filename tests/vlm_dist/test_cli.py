@@ -1,0 +1,239 @@
+"""The command line: its surface, its exit codes, its error lines, its speed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from vlm_dist.cli import app as program
+from vlm_dist.cli.app import COMMANDS, Entry, main
+from vlm_dist.cli.output import duration, progress
+from vlm_dist.cli.packages import check_owners, check_packages
+from vlm_dist.errors import ConfigError, StoreError
+
+COMMON = ["--set", "--workspace"]
+# What scripts may rely on. Whoever changes a line here changes a promise.
+SURFACE = {
+    "init": ["folder"],
+    "demo": ["--json", "--seed", "folder"],
+    "doctor": [*COMMON, "--json"],
+    "config show": [*COMMON, "--json"],
+    "extract": [
+        *COMMON, "--captions", "--json", "--npy", "--random-weights", "--store", "--strict", "--tokenizer", "--weights",
+        "--workers", "paths",
+    ],
+    "store info": [*COMMON, "--json", "store"],
+    "store verify": [*COMMON, "--deep", "--json", "--repair", "store"],
+    "store failures": [*COMMON, "--json", "store"],
+    "pretrain": [
+        *COMMON, "--gpus", "--init", "--json", "--max-steps", "--new", "--nodes", "--store", "--workers",
+    ],
+    "finetune": [
+        *COMMON, "--data", "--from", "--gpus", "--json", "--new", "--nodes", "--store", "--workers", "task",
+    ],
+    "evaluate": [*COMMON, "--data", "--from", "--json", "--store", "--zero-shot", "task"],
+    "jobs list": [*COMMON, "--json", "--limit"],
+    "compare": [*COMMON, "--json", "runs"],
+    "ui": COMMON,
+}  # fmt: skip
+
+
+def _surface() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+
+    def walk(name: str, command: Any) -> None:
+        if hasattr(command, "commands"):
+            for part, inner in command.commands.items():
+                walk(f"{name} {part}", inner)
+        else:
+            found[name] = sorted(p.name if p.param_type_name == "argument" else p.opts[0] for p in command.params)
+
+    for name in COMMANDS:
+        walk(name, program.load_command(name))
+    return found
+
+
+def test_the_surface_is_frozen() -> None:
+    assert _surface() == {name: sorted(options) for name, options in SURFACE.items()}
+
+
+def test_every_command_says_what_it_does_and_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in _surface():
+        assert main([*name.split(), "--help"]) == 0
+        text = capsys.readouterr().out
+        assert "Examples:" in text, name
+        assert f"vlm-dist {name}" in text, name
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    heavy = {"torch", "ray", "mlflow", "transformers", "deepspeed", "zarr", "numpy", "pydantic"}
+    check = f"import sys, vlm_dist.cli.app; print(sorted({heavy!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout == "[]\n"
+    best = min(_seconds([sys.executable, "-P", "-m", "vlm_dist", "--help"]) for _ in range(3))
+    assert best < 0.5
+
+
+def _seconds(command: list[str]) -> float:
+    """Processor time of a command, which other work on the machine does not lengthen."""
+    before = os.times()
+    subprocess.run(command, capture_output=True, check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def test_wrong_usage_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("confg", "config show --jsn", "store verify a b", "jobs list --limit x", "jobs list --limit 0"):
+        assert main(line.split()) == 2
+        shown = capsys.readouterr()
+        assert shown.err.startswith("error: ")
+        assert shown.err.count("\n") == 1
+        assert "--help` shows" in shown.err
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("vlm-dist ")
+    assert main(["store"]) == 2
+    assert "verify" in capsys.readouterr().err
+    assert main([]) == 2
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_init_writes_a_workspace_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "ws"]) == 0
+    text = (tmp_path / "ws" / "vlm-dist.toml").read_text()
+    assert "# global_batch = 2048" in text
+    assert main(["init", "ws"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "ws" / "vlm-dist.toml").read_text() == text
+    assert main(["config", "show", "--workspace", "ws", "--json", "--set", "train.seed=7"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["train.seed"] == {"value": 7, "origin": "--set"}
+    assert shown["store"] == {"value": str(tmp_path / "ws" / "store"), "origin": "default"}
+    assert main(["config", "show", "--workspace", "ws", "--set", "train.sed=7"]) == 2
+    assert "train.seed" in capsys.readouterr().err
+
+
+def _as_command(monkeypatch: pytest.MonkeyPatch, body: Any) -> None:
+    """Make `vlm-dist trial` run `body`."""
+    module = type(sys)("trial_command")
+    module.run = body  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trial_command", module)
+    monkeypatch.setitem(COMMANDS, "trial", Entry("trial_command:run", "A trial.", "Trial"))
+    monkeypatch.setattr(program, "app", typer.Typer(cls=program._Commands, add_completion=False))
+    program.app.callback()(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ConfigError("no [such] key"), 2, "error: no [such] key"),
+        (StoreError("shard 3 is damaged"), 1, "error: shard 3 is damaged"),
+        (RuntimeError("odd"), 1, "error: unexpected RuntimeError: odd (run with --debug for the traceback)"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "error: interrupted; what was finished is kept, and the same command goes on from there",
+        ),
+        (typer.Exit(3), 3, ""),
+    ],
+)
+def test_errors_end_in_one_line_and_their_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, text: str
+) -> None:
+    def fail() -> None:
+        raise error
+
+    _as_command(monkeypatch, fail)
+    assert main(["trial"]) == code
+    assert capsys.readouterr().err.strip() == text
+    assert main(["trial", "--debug"]) == code
+    debugged = capsys.readouterr().err
+    assert ("Traceback" in debugged) == isinstance(error, Exception) * (not isinstance(error, typer.Exit))
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[str] = []
+
+    def wait() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            left.append("tidied")
+
+    _as_command(monkeypatch, wait)
+    assert main(["trial"]) == 130
+    assert left == ["tidied"]
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_store_commands_pass_on_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("info", "verify", "failures"):
+        assert main(["store", command, str(tmp_path / "absent")]) == 1
+        assert "absent" in capsys.readouterr().err
+
+
+def test_doctor_finds_this_machine_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--workspace", str(tmp_path), "--json"]) == 0
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert {"Python", "torch", "ray", "deepspeed", "mlflow", "zarr", "video decoder", "C++ compiler", "GPUs"} <= set(
+        checks
+    )
+    assert all(check["advice"] for check in checks.values() if check["state"] != "ok")
+    absent = ["--set", "extract.weights=absent.pth", "--set", "cluster.tracking_uri=sqlite:///x.db"]
+    assert main(["doctor", "--workspace", str(tmp_path), *absent]) == 1
+    assert "extract.weights, cluster.tracking_uri" in capsys.readouterr().err
+
+
+def test_packages_of_another_distribution_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_packages() == Path(program.__file__).resolve().parents[2]
+    check_owners()
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "__init__.py").touch()
+    command = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from vlm_dist.cli.app import main; sys.exit(main(['--version']))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(program.__file__).resolve().parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(tmp_path)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 2
+    assert "another distribution owns the package `cluster`" in done.stderr
+    metadata = tmp_path / "cluster-1.4.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: cluster\nVersion: 1.4\n")
+    (metadata / "top_level.txt").write_text("cluster\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="owns the package `cluster`: cluster"):
+        check_owners()
+
+
+def test_progress_is_plain_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("extract", total=80, unit="videos") as bar:
+        bar.update(1, "1.5 videos/s")
+        bar.update(20, "2.0 videos/s")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("extract: 1/80 videos (1 %) after 0 s, ")
+    assert lines[-1].startswith("extract: 20/80 videos (25 %)")
+    assert lines[-1].endswith("2.0 videos/s")
+    assert len(lines) == 2
+
+
+def test_durations_read_well() -> None:
+    assert [duration(s) for s in (0, 59.6, 3599, 7260, 180_000)] == [
+        "0 s",
+        "1 min 00 s",
+        "59 min 59 s",
+        "2 h 01 min",
+        "2 d 02 h",
+    ]
