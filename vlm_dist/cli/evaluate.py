@@ -1,5 +1,6 @@
 """`vlm-dist evaluate TASK`: a model and annotations -> metrics, predictions, pictures."""
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,11 +10,12 @@ import typer
 from vlm_dist.cli.context import Context
 from vlm_dist.cli.models import origin_tags, resolve_model, warn_of_seen_videos
 from vlm_dist.cli.options import HERE, Annotations, Json, Overrides, Source, TaskName, TaskStore, Workspace
-from vlm_dist.cli.output import print_json, print_table, prose_on_stderr
+from vlm_dist.cli.output import print_json, print_table, print_warning, prose_on_stderr
 from vlm_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlm_dist.eval.evaluate import EvaluationResult
+    from vlm_dist.tasks.base import Task
 
 
 def evaluate(
@@ -60,7 +62,10 @@ def run_evaluate(context: Context, task: str, source: str | None = None, *, zero
     tags |= {"vlm_dist.test_videos_seen": str(seen)}
     with context.tracked("evaluate", task=task, tags=tags) as tracker:
         tracker.dataset(str(store), fingerprint, "evaluation")
-        result, form = evaluate_model(context, task, model, data, store, folder)
+        result, form, loaded = evaluate_model(context, task, model, data, store, folder)
+        for line in loaded.misfits.lines:
+            print_warning(line)
+        tracker.text(json.dumps(loaded.summary, indent=1), "data.json")
         tracker.tags({"vlm_dist.form": form})
         tracker.metrics(result.metrics, 0)
         for file in result.files:
@@ -71,8 +76,8 @@ def run_evaluate(context: Context, task: str, source: str | None = None, *, zero
 
 def evaluate_model(
     context: Context, task: str, model: Path, data: Path, store: Path, folder: Path
-) -> tuple["EvaluationResult", str]:
-    """Metrics of a model on the test split, files below `folder`, and whether it was `fine-tuned` or `zero-shot`."""
+) -> tuple["EvaluationResult", str, "Task"]:
+    """Metrics of a model on the test split and files below `folder`; `fine-tuned` or `zero-shot`; the loaded task."""
     import torch
 
     from feature_store.reader import FeatureReader
@@ -87,7 +92,7 @@ def evaluate_model(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = build_for_evaluation(worker, loaded.model, model).to(device).eval()
     result = evaluate_task(worker, module, "test", device, folder)
-    return result, "fine-tuned" if fine_tuned_task(model) else "zero-shot"
+    return result, "fine-tuned" if fine_tuned_task(model) else "zero-shot", worker
 
 
 def task_data(context: Context, task: str) -> Path:

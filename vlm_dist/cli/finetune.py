@@ -1,5 +1,6 @@
 """`vlm-dist finetune TASK`: a pre-trained model and annotations -> a fine-tuned model and its test metrics."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,10 @@ def run_finetune(
                 tracker.dataset(str(store), fingerprint)
                 with TrainingView(f"finetune {task}", tracker) as view:
                     outcome = run_training(job, ranks, view)
-                result, _ = evaluate_model(context, task, Path(outcome.model), data, store, folder.path / "test")
+                result, _, loaded = evaluate_model(
+                    context, task, Path(outcome.model), data, store, folder.path / "test"
+                )
+                tracker.text(json.dumps(loaded.summary, indent=1), "data.json")
                 tracker.tags({"vlm_dist.checkpoint": outcome.model})
                 tracker.metrics(result.metrics, outcome.step)
                 for file in result.files:

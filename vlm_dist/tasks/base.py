@@ -32,6 +32,7 @@ from vlm_dist.model.config import ModelConfig
 from vlm_dist.model.vlm import VLM
 from vlm_dist.tasks.batches import TaskBatch
 from vlm_dist.tasks.config import TaskDataConfig
+from vlm_dist.tasks.items import Misfits
 from vlm_dist.train.config import FinetuneConfig
 
 Split = Literal["held-out", "test"]
@@ -130,8 +131,8 @@ class Task(ABC):
             training: False when only the test items are needed; then a file without training items is fine.
 
         Raises:
-            TaskDataError: Files that are missing or malformed, labels out of range, segments outside their video,
-                videos in both training and test, an empty split, too many videos without features, another width.
+            TaskDataError: Files that are missing or malformed, labels out of range, videos in both training and test,
+                an empty split, too many videos without features or segments outside their video, another width.
             CheckpointError: A tokenizer that is not the checkpoint's.
         """
 
@@ -143,7 +144,12 @@ class Task(ABC):
     @property
     @abstractmethod
     def summary(self) -> dict[str, Any]:
-        """JSON-able facts for the terminal and the run: items per split, videos without features (ids), cut texts …"""
+        """JSON-able facts for the run: items per split, cut texts, `misfits` by field …"""
+
+    @property
+    @abstractmethod
+    def misfits(self) -> Misfits:
+        """Annotations that do not fit the store; the user is told."""
 
     @abstractmethod
     def build(self, vlm: VLM) -> TaskModel:

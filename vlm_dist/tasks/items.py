@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,36 @@ from vlm_dist.tasks.annotations import HELD_OUT, SHOWN, TEST, TRAIN, refuse
 from vlm_dist.train.config import FinetuneConfig
 
 SLACK_S = 1.0  # annotations are cut on another clock than our 30 fps: this much beyond the last row is no error
+
+
+class Misfits(NamedTuple):
+    """What of the annotations does not fit the store, within the limit that the user set."""
+
+    missing: Sequence[str] = ()
+    """Videos without features."""
+    outside: int = 0
+    """Segments that start behind the end of their video: left out."""
+    cut: int = 0
+    """Segments that end behind it: used up to there."""
+    first: str = ""
+    """The first such segment."""
+
+    @property
+    def lines(self) -> list[str]:
+        """One sentence for every kind that occurs."""
+        told: list[str] = []
+        if self.missing:
+            more = " …" if len(self.missing) > SHOWN else ""
+            told.append(
+                f"{len(self.missing)} annotated videos have no features in the store and are left out: "
+                f"{', '.join(self.missing[:SHOWN])}{more}"
+            )
+        if self.outside or self.cut:
+            told.append(
+                f"{self.outside} segments lie behind the end of their video and are left out, {self.cut} end behind it "
+                f"and are cut; the first: {self.first}"
+            )
+        return told
 
 
 def special_ids(reader: FeatureReader, tokenizer: Tokenizer, model: ModelConfig) -> SpecialIds:
@@ -96,24 +127,35 @@ def hold_out(ids: Sequence[str], split: np.ndarray, cfg: FinetuneConfig) -> np.n
     return np.where(held & (split == TRAIN), HELD_OUT, split).astype(np.int8)
 
 
-def check_bounds(file: Path, where: Sequence[str], start: np.ndarray, end: np.ndarray, rows: np.ndarray) -> None:
-    """Refuses segments that lie outside their video.
+def check_bounds(
+    file: Path, where: Sequence[str], start: np.ndarray, end: np.ndarray, rows: np.ndarray, limit: float
+) -> tuple[np.ndarray, Misfits]:
+    """Which segments have rows; refused when more than `limit` of them leave their video.
 
     Args:
         file: The annotations, for the message.
-        where: (N,) "line 3" or "video x" of each segment.
+        where: (N,) "line 3, video x" or "video x" of each segment.
         start: (N,) seconds.
         end: (N,) seconds.
         rows: (N,) seconds of features that the video has.
+        limit: Largest share of the segments that may lie behind their video or end well behind it.
+
+    Returns:
+        (N,) bool, and the segments that have none or are cut short.
     """
-    outside = np.flatnonzero((start >= rows) | (end > rows + SLACK_S)).tolist()
-    refuse(
-        file,
-        [
-            f"{where[i]}: segment {start[i]:g} to {end[i]:g} s, but the video has {rows[i]} s of features"
-            for i in outside
-        ],
-    )
+    outside = start >= rows
+    cut = ~outside & (end > rows + SLACK_S)
+    told = [
+        f"{where[i]}: segment {start[i]:g} to {end[i]:g} s, but the video has {rows[i]} s of features"
+        for i in np.flatnonzero(outside | cut).tolist()
+    ]
+    if len(told) > limit * len(where):
+        hint = (
+            f"{len(told)} of {len(where)} segments leave their video, above the limit of {limit:.1%} "
+            "(finetune.max_missing); are these the annotations of the store's videos?"
+        )
+        refuse(file, [*told[:SHOWN], *([f"… and {len(told) - SHOWN} more"] if len(told) > SHOWN else []), hint])
+    return ~outside, Misfits(outside=int(outside.sum()), cut=int(cut.sum()), first=told[0] if told else "")
 
 
 def check_splits(file: Path, split: np.ndarray, cfg: FinetuneConfig, training: bool) -> None:

@@ -21,6 +21,7 @@ from vlm_dist.tasks.base import LossSum, Recipe, Selection, Split, Task, TaskMod
 from vlm_dist.tasks.batches import TaskBatch, frame_text, gather_windows, pack_texts
 from vlm_dist.tasks.gather import gather_rows
 from vlm_dist.tasks.items import (
+    Misfits,
     check_bounds,
     check_missing,
     check_overlap,
@@ -86,12 +87,20 @@ class RetrievalTask(Task):
         self._special: SpecialIds = special_ids(reader, tokenizer, model)
         check_overlap(data, clips.video_ids, clips.split)
         numbers = reader.index.find_many(clips.video_ids)
-        self._missing = check_missing(data, clips.video_ids, numbers, cfg.max_missing)
+        missing = check_missing(data, clips.video_ids, numbers, cfg.max_missing)
         kept = np.flatnonzero(numbers >= 0)
+        n_rows = np.asarray(reader.index.n_rows)
+        start, end = _seconds(clips, kept, n_rows[numbers[kept]])
+        where = [f"line {clips.lines[i]}, video {clips.video_ids[i]}" for i in kept]
+        inside, misfits = check_bounds(data, where, start, end, n_rows[numbers[kept]], cfg.max_missing)
+        self._misfits = misfits._replace(missing=missing)
+        kept, start, end = kept[inside], start[inside], end[inside]
         self._ids = [clips.video_ids[i] for i in kept]
         self._texts = [clips.texts[i] for i in kept]
         self._reader, self._places, self._videos = reader, model.max_video_len, numbers[kept]
-        self._first, self._last = _rows(clips, kept, np.asarray(reader.index.n_rows)[self._videos], self._places)
+        self._first = np.floor(start).astype(np.int64)
+        self._last = np.minimum(np.ceil(end).astype(np.int64), n_rows[self._videos])
+        self._last = np.minimum(self._last, self._first + self._places)
         self._tokens, self._offsets, self._cut = pack_texts(tokenizer, self._texts, model.max_text_len)
         split = hold_out(self._ids, clips.split[kept], cfg)
         check_splits(data, split, cfg, training)
@@ -116,11 +125,16 @@ class RetrievalTask(Task):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Clips per split, videos without features, captions that were cut."""
+        """Clips per split, captions that were cut, misfits."""
         return {
             "train": len(self._train), "held-out": len(self._ranked["held-out"]), "test": len(self._ranked["test"]),
-            "missing_videos": self._missing, "cut_captions": self._cut,
+            "cut_captions": self._cut, **self._misfits._asdict(),
         }  # fmt: skip
+
+    @property
+    def misfits(self) -> Misfits:
+        """See `Task.misfits`."""
+        return self._misfits
 
     def build(self, vlm: VLM) -> RetrievalModel:
         """The encoder itself; there is no head."""
@@ -220,12 +234,7 @@ def _plain(caption: str) -> str:
     return " ".join(caption.lower().split())
 
 
-def _rows(clips: ClipList, kept: np.ndarray, rows: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and last feature row of each clip, at most `places` of them; refuses clips outside their video."""
+def _seconds(clips: ClipList, kept: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start and end of each kept clip; a clip without times is its whole video."""
     whole = np.isnan(clips.start[kept])
-    start = np.where(whole, 0, clips.start[kept])
-    end = np.where(whole, rows, clips.end[kept])
-    check_bounds(clips.file, [f"line {clips.lines[i]}, video {clips.video_ids[i]}" for i in kept], start, end, rows)
-    first = np.floor(start).astype(np.int64)
-    last = np.minimum(np.minimum(np.ceil(end).astype(np.int64), rows), first + places)
-    return first, last
+    return np.where(whole, 0, clips.start[kept]), np.where(whole, rows, clips.end[kept])

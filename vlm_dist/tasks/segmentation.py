@@ -24,7 +24,7 @@ from vlm_dist.model.vlm import VLM
 from vlm_dist.tasks.annotations import HELD_OUT, TEST, TRAIN, StepAnnotations, read_steps, refuse
 from vlm_dist.tasks.base import LossSum, Recipe, Selection, Split, Task, TaskModel
 from vlm_dist.tasks.batches import TaskBatch, frame_text, gather_windows, no_text, pack_texts
-from vlm_dist.tasks.items import check_bounds, check_missing, check_splits, hold_out, special_ids
+from vlm_dist.tasks.items import Misfits, check_bounds, check_missing, check_splits, hold_out, special_ids
 from vlm_dist.tasks.windows import MergedLogits, Windows
 from vlm_dist.train.config import FinetuneConfig
 
@@ -95,13 +95,14 @@ class SegmentationTask(Task):
         self.num_classes = self._count_classes(steps)
         self._special: SpecialIds = special_ids(reader, tokenizer, model)
         numbers = reader.index.find_many(steps.video_ids)
-        self._missing = check_missing(data, steps.video_ids, numbers, cfg.max_missing)
+        missing = check_missing(data, steps.video_ids, numbers, cfg.max_missing)
         kept = np.flatnonzero(numbers >= 0)
         self._ids = [steps.video_ids[i] for i in kept]
         self._reader, self._places, self._videos = reader, model.max_video_len, numbers[kept]
         self._seconds = np.asarray(reader.index.n_rows)[self._videos].astype(np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(self._seconds)])
-        self._labels = self._label_seconds(steps, kept)
+        self._labels, misfits = self._label_seconds(steps, kept, cfg.max_missing)
+        self._misfits = misfits._replace(missing=missing)
         split = hold_out(self._ids, steps.split[kept], cfg)
         check_splits(data, split, cfg, training)
         self._test_videos: dict[Split, np.ndarray] = {
@@ -122,7 +123,7 @@ class SegmentationTask(Task):
     def _count_classes(self, steps: StepAnnotations) -> int:
         return int(steps.label.max(initial=0)) + 1
 
-    def _label_seconds(self, steps: StepAnnotations, kept: np.ndarray) -> np.ndarray:
+    def _label_seconds(self, steps: StepAnnotations, kept: np.ndarray, limit: float) -> tuple[np.ndarray, Misfits]:
         """Class of every second of the kept videos, one after the other; a later segment of the file wins."""
         place = np.full(len(steps.video_ids), -1)
         place[kept] = np.arange(len(kept))
@@ -130,13 +131,15 @@ class SegmentationTask(Task):
         known = video >= 0
         video, start, end, label = video[known], steps.start[known], steps.end[known], steps.label[known]
         seconds = self._seconds[video]
-        check_bounds(steps.file, [f"video {self._ids[v]}" for v in video], start, end, seconds)
+        where = [f"video {self._ids[v]}" for v in video]
+        inside, misfits = check_bounds(steps.file, where, start, end, seconds, limit)
+        video, start, end, label, seconds = video[inside], start[inside], end[inside], label[inside], seconds[inside]
         first = self._offsets[video] + np.floor(start).astype(np.int64)
         last = self._offsets[video] + np.minimum(np.ceil(end).astype(np.int64), seconds)
         labels = np.full(self._offsets[-1], BACKGROUND, np.int32)
         for lo, hi, c in zip(first, last, label, strict=True):
             labels[lo:hi] = c
-        return labels
+        return labels, misfits
 
     @property
     def num_train_items(self) -> int:
@@ -145,13 +148,18 @@ class SegmentationTask(Task):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Windows, videos per split, videos without features, classes, the constant baseline's class."""
+        """Windows, videos per split, classes, the constant baseline's class, misfits."""
         return {
             "train": len(np.unique(self._train.video)), "train_windows": self.num_train_items,
             "held-out": len(self._test_videos["held-out"]), "test": len(self._test_videos["test"]),
-            "missing_videos": self._missing, "num_classes": self.num_classes,
-            "labels_that_occur": len(self._class_names), "constant": self._constant,
+            "num_classes": self.num_classes, "labels_that_occur": len(self._class_names),
+            "constant": self._constant, **self._misfits._asdict(),
         }  # fmt: skip
+
+    @property
+    def misfits(self) -> Misfits:
+        """See `Task.misfits`."""
+        return self._misfits
 
     def build(self, vlm: VLM) -> SegmentationModel:
         """Encoder plus a fresh linear layer."""

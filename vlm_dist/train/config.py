@@ -72,5 +72,5 @@ class FinetuneConfig(_Frozen):
         default="held-out", description="What chooses the checkpoint; test only for comparison with the reference."
     )
     max_missing: float = Field(
-        default=0.1, ge=0, le=1, description="Largest share of items whose video may lack features."
+        default=0.1, ge=0, le=1, description="Largest share of items whose video may lack features, or end too early."
     )

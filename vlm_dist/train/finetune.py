@@ -82,6 +82,7 @@ class FinetuneObjective(Objective):
         self.reader = FeatureReader(Path(job.store), job.check, job.snapshot)
         vlm = self.loaded.model
         self.task.load(Path(job.data), self.reader, self.loaded.tokenizer, vlm.config, job.finetune)
+        self.notes = self.task.misfits.lines
         self.job = job
         self.seed = job.train.seed
         torch.manual_seed(self.seed)

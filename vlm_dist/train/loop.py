@@ -9,7 +9,7 @@ import shutil
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,8 @@ class Objective(ABC):
     total_steps: int
     accumulation: int = 1
     validate_every: int = 0
+    notes: Sequence[str] = ()
+    """What the user should know about the data before the first step."""
 
     @abstractmethod
     def micro_batches(self, step: int) -> list[Any]:

@@ -81,6 +81,8 @@ def run_rank(job: TrainJob, device: torch.device, emit: Emit) -> TrainOutcome:
         "plan",
         {"steps": objective.total_steps, "ranks": distributed.world_size(), "accumulation": objective.accumulation},
     )
+    for note in objective.notes:
+        emit("warning", note)
     engine = Engine(
         objective.module,
         objective.optim,

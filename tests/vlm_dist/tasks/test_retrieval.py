@@ -80,8 +80,26 @@ def test_missing_videos_are_listed_or_refused(tmp_path: Path, small_store: Featu
     with pytest.raises(TaskDataError, match=r"2 of 5 items \(40.0%\) have no features.*2 videos: broken, never"):
         load(small_store, file, training=False)
     task = load(small_store, file, FinetuneConfig(max_missing=0.4), training=False)
-    assert task.summary["missing_videos"] == ["broken", "never"]
+    assert task.summary["missing"] == ["broken", "never"]
+    assert task.misfits.lines == ["2 annotated videos have no features in the store and are left out: broken, never"]
     assert task.summary["test"] == 3
+
+
+def test_clips_that_leave_their_video_are_told_or_refused(tmp_path: Path, small_store: FeatureReader) -> None:
+    fine = [line("a", start=s, end=s + 1) for s in range(17)]
+    lines = [*fine, line("b", start=5, end=6), line("b", start=3, end=9), line("b", start=4, end=5.9)]
+    file = world.write_lines(tmp_path / "x.jsonl", lines)
+    with pytest.raises(TaskDataError, match=r"line 18, video b: segment 5 to 6 s.*\n.*\n.*2 of 20 segments leave"):
+        load(small_store, file, FinetuneConfig(max_missing=0.05), training=False)
+    task = load(small_store, file, training=False)
+    assert (task.misfits.outside, task.misfits.cut, task.summary["test"]) == (1, 1, 19)
+    assert task.misfits.lines == [
+        "1 segments lie behind the end of their video and are left out, 1 end behind it and are cut; the first: "
+        "line 18, video b: segment 5 to 6 s, but the video has 5 s of features"
+    ]
+    found = task.predict(task.build(world.make_vlm(world.make_tokenizer())), "test", "cpu").arrays
+    assert found["start"].tolist()[-2:] == [3, 4]
+    assert found["end"].tolist()[-2:] == [5, 5]
 
 
 @pytest.mark.parametrize(

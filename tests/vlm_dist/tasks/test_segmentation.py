@@ -90,7 +90,7 @@ def test_targets_are_the_reference_ones(
     reader, _ = steps
     video = max(range(reader.index.num_videos), key=lambda v: reader.index.n_rows[v])
     seconds = int(reader.index.n_rows[video])
-    parts = [(s, min(s + length, float(seconds)), label) for s, length, label in segments if s < seconds - 1]
+    parts = [(s, s + length, label) for s, length, label in segments]  # some leave the video
     annotation = [{"id": str(c), "label": f"step {c}", "segment": [s, e]} for s, e, c in parts]
     folder = tmp_path_factory.mktemp("targets")
     file = folder / "COIN.json"
@@ -99,7 +99,7 @@ def test_targets_are_the_reference_ones(
     database = {own: {"subset": "training", "annotation": annotation}}
     database[other.pop()] = {"subset": "testing", "annotation": []}
     file.write_text(json.dumps({"database": database}))
-    task = load(reader, file, FinetuneConfig(select_on="last"))
+    task = load(reader, file, FinetuneConfig(select_on="last", max_missing=1))
     batch = task.train_batch(np.arange(task.num_train_items), (0, 0))
     starts = Windows.over(np.array([0]), np.array([seconds]), 8, 3).start.tolist()
     expected = [naive_targets(parts, start, min(8, seconds - start), 8) for start in starts]
@@ -126,7 +126,7 @@ def test_splits_and_summary(steps: tuple[FeatureReader, Path]) -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "said"),
     [
-        ({"segment": [1, 90]}, SegmentationTask, "video v1: segment 1 to 90 s, but the video has"),
+        ({"id": "0"}, SegmentationTask, "video v1: label id '0' is not a whole number from 1"),
         ({"id": "779"}, CoinTask, "video v1: label id 779 is above 778"),
     ],
 )
@@ -139,6 +139,21 @@ def test_annotations_that_cannot_be_used(
     file.write_text(json.dumps(document))
     with pytest.raises(TaskDataError, match=said):
         load(steps[0], file, kind=kind)
+
+
+def test_steps_that_leave_their_video_are_cut_or_left_out(tmp_path: Path, steps: tuple[FeatureReader, Path]) -> None:
+    annotation = [
+        {"id": "2", "label": "b", "segment": [1, 90]},
+        {"id": "1", "label": "a", "segment": [90, 91]},
+    ]
+    file = tmp_path / "COIN.json"
+    file.write_text(json.dumps({"database": {"v1": {"subset": "testing", "annotation": annotation}}}))
+    with pytest.raises(TaskDataError, match=r"video v1: segment 1 to 90 s, but the video has (?s:.*)2 of 2 segments"):
+        load(steps[0], file, FinetuneConfig(max_missing=0.9), training=False)
+    task = load(steps[0], file, FinetuneConfig(max_missing=1), training=False)
+    assert (task.misfits.outside, task.misfits.cut) == (1, 1)
+    truth = task.predict(task.build(world.make_vlm(world.make_tokenizer())), "test", "cpu").arrays["truth"]
+    assert truth.tolist() == [0] + [2] * (len(truth) - 1)
 
 
 def test_empty_test_split_and_missing_features(tmp_path: Path, steps: tuple[FeatureReader, Path]) -> None:
@@ -231,7 +246,7 @@ def test_real_coin_annotations(shared: Path, tmp_path: Path) -> None:
     reader = world.make_store(tmp_path / "store", features)
     cfg = FinetuneConfig(max_missing=1.0)
     task = load(reader, shared / "data" / "coin" / "COIN.json.gz", cfg, kind=CoinTask)
-    assert len(task.summary["missing_videos"]) == 10030
+    assert len(task.summary["missing"]) == 10030
     assert task.summary["train"] + task.summary["held-out"] + task.summary["test"] == 40
     model = task.build(world.make_vlm(world.make_tokenizer()))
     metrics = task.metrics(task.predict(model, "test", "cpu"))
