@@ -1,5 +1,6 @@
 """Which videos make which shard: the plan, in segments that are only ever added (videos → features)."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -57,19 +58,19 @@ def plan_videos(root: Path, videos: Sequence[PlannedVideo], workers: int) -> lis
 
     Args:
         root: the store.
-        videos: may repeat what is planned or committed already. Of several with one id the first counts; each
-            further one is recorded with the plan (reason `duplicate` in `failures`).
+        videos: may repeat what is planned or committed already. Of several files with one id the first counts, in
+            this call or an earlier one; each further one is recorded with the plan (reason `duplicate` in `failures`).
         workers: shards hold at most 168 videos, and fewer where each worker would else have less than 4 shards.
 
     Returns:
         Every task, of this and older segments, whose shard is not committed. A video's path is the one given now, or
-        else the planned one: a corpus may move between two runs.
+        else the planned one: a corpus may move between two runs (while the planned file is there, it counts).
     """
     meta = open_store(root)
-    given, repeated = _first_and_further(videos)
     while True:
         segments = read_plan(meta)
         tasks = [task for segment in segments for task in segment.tasks]
+        given, repeated = _first_and_further(videos, tasks)
         new = _unplanned(meta, tasks, given)
         duplicates = _unrecorded(segments, repeated)
         if not new and not duplicates:
@@ -89,7 +90,7 @@ def anything_to_do(root: Path, videos: Sequence[PlannedVideo]) -> bool:
     meta = open_store(root)
     segments = read_plan(meta)
     tasks = [task for segment in segments for task in segment.tasks]
-    given, repeated = _first_and_further(videos)
+    given, repeated = _first_and_further(videos, tasks)
     done = set(committed_shards(meta))
     return (
         any(task.shard not in done for task in tasks)
@@ -107,17 +108,30 @@ def planned_shards(meta: StoreMeta) -> int:
     return last.first_shard + len(last.tasks)
 
 
-def _first_and_further(videos: Sequence[PlannedVideo]) -> tuple[dict[str, str], Counter[PlannedVideo]]:
-    """Path by id of the first of each id, and all inputs that repeat one."""
+def _first_and_further(
+    videos: Sequence[PlannedVideo], tasks: Sequence[ShardTask]
+) -> tuple[dict[str, str], Counter[PlannedVideo]]:
+    """Path by id of the first of each id, and all inputs that repeat one, of this call or of the plan."""
+    planned = {video.video_id: video.path for task in tasks for video in task.videos}
     given: dict[str, str] = {}
     repeated: Counter[PlannedVideo] = Counter()
     for video in videos:
         clean = PlannedVideo(str(clean_text(video.video_id)), video.path)
-        if clean.video_id in given:
+        if clean.video_id in given or _is_another_file(clean.path, planned.get(clean.video_id, clean.path)):
             repeated[clean] += 1
         else:
             given[clean.video_id] = clean.path
     return given, repeated
+
+
+def _is_another_file(path: str, planned: str) -> bool:
+    """Whether the planned file is still there beside this one; else the corpus has only moved."""
+    if path == planned:
+        return False
+    try:
+        return not os.path.samefile(path, planned)
+    except OSError:
+        return False
 
 
 def _unrecorded(segments: Sequence[Segment], repeated: Counter[PlannedVideo]) -> tuple[PlannedVideo, ...]:

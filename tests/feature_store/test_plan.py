@@ -54,6 +54,26 @@ def test_a_corpus_may_move(tmp_path: Path) -> None:
     assert other.videos[0].path == "/videos/1.mp4"
 
 
+def test_a_known_id_of_another_file_in_a_later_run_is_a_duplicate(tmp_path: Path) -> None:
+    one, two, root = tmp_path / "one", tmp_path / "two", tmp_path / "store"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "v.mp4").write_text(folder.name)
+    (tmp_path / "link.mp4").symlink_to(one / "v.mp4")
+    create_store(root, provenance(), 512)
+    (first,) = plan_videos(root, [PlannedVideo("v", str(one / "v.mp4"))], 1)
+    other = [PlannedVideo("v", str(two / "v.mp4"))]
+    assert anything_to_do(root, [PlannedVideo("w", ""), *other])
+    assert plan_videos(root, other, 1) == [first]
+    assert [segment.duplicates for segment in read_plan(open_store(root))] == [(), tuple(other)]
+    for same in (str(two / "v.mp4"), str(tmp_path / "link.mp4")):
+        plan_videos(root, [PlannedVideo("v", same)], 1)
+    assert len(read_plan(open_store(root))) == 2
+    (one / "v.mp4").rename(two / "moved.mp4")
+    (task,) = plan_videos(root, other, 1)
+    assert task.videos == tuple(other), "the planned file is gone: the corpus has moved"
+
+
 def test_duplicates_are_recorded_once_for_each_further_input(tmp_path: Path) -> None:
     create_store(tmp_path, provenance(), 512)
     videos = [
