@@ -3,6 +3,7 @@
 
 import logging
 import os
+from typing import Any
 
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
@@ -20,6 +21,9 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+
+# MLflow's pages open such an experiment in their view for model training, not in the one for chat applications.
+_KIND: dict[str, Any] = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def connect(uri: str) -> MlflowClient:
@@ -58,7 +62,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                return client.create_experiment(name)
+                return client.create_experiment(name, tags=_KIND)
             except MlflowException as error:
                 experiment = client.get_experiment_by_name(name)  # another process was first
                 if experiment is None:

@@ -72,8 +72,8 @@ class Tracker:
         self.artifact(path, folder=str(Path(name).parent) if Path(name).parent.name else "")
 
     def dataset(self, name: str, fingerprint: str, context: str = "training") -> None:
-        """Queue the data set that this run read: a store's name and fingerprint."""
-        data = Dataset(name=name, digest=fingerprint[:36], source_type="local", source=name)
+        """Queue the data set that this run read: a store's folder and fingerprint."""
+        data = Dataset(name=Path(name).name, digest=fingerprint[:36], source_type="local", source=name)
         entry = DatasetInput(dataset=data, tags=[InputTag("mlflow.data.context", context)])
         self._writer.call(f"data set {name}", lambda: self._client.log_inputs(self.run_id, [entry]))
 

@@ -33,7 +33,9 @@ def test_a_run_keeps_config_metrics_files_and_facts(uri: str, tmp_path: Path) ->
     stored = client.get_run(run.run_id)
     assert stored.info.status == "FINISHED"
     assert stored.info.run_name == run.name
-    assert client.get_experiment(stored.info.experiment_id).name == experiment_name("pretrain") == "vlm-dist/pretrain"
+    experiment = client.get_experiment(stored.info.experiment_id)
+    assert experiment.name == experiment_name("pretrain") == "vlm-dist/pretrain"
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert stored.data.params["train.optim.lr"] == "5e-05"
     history = client.get_metric_history(run.run_id, "train/loss")
     assert [metric.step for metric in history] == list(range(2500))
