@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.config import ClusterConfig
-from cluster.processes import boot_id, group_members, is_alive, start_mark
+from cluster.processes import boot_id, group_members, interrupts_wait, is_alive, start_mark
 from vlm_dist.errors import ConfigError, JobError
 
 START_TIMEOUT_S = 180.0
@@ -101,10 +101,11 @@ class OwnServer:
             self._release(lease)
 
     def _release(self, lease: Path) -> None:
-        lease.unlink(missing_ok=True)
-        if not self._living_leases():
-            self._end()
-            self._record.unlink(missing_ok=True)
+        with interrupts_wait():  # a second Ctrl-C would leave the server behind
+            lease.unlink(missing_ok=True)
+            if not self._living_leases():
+                self._end()
+                self._record.unlink(missing_ok=True)
 
     def _living_leases(self) -> list[Path]:
         """Leases whose process lives; the others are removed."""

@@ -1,11 +1,33 @@
-"""Processes told apart for good: a number is reused by the system, a number with its start time is not."""
+"""Processes told apart for good (a number is reused, a number with its start time is not), and their signals."""
 
+import contextlib
 import os
+import signal
+import threading
+from collections.abc import Generator
 from pathlib import Path
 
 import psutil
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Generator[None]:
+    """Hold SIGINT and SIGTERM back until the end of the block, for cleaning up that must not stop half-way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is ever interrupted
+        return
+    held: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: held.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if held:
+        signal.raise_signal(held[0])
 
 
 def start_mark(pid: int) -> str:

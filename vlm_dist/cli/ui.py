@@ -31,4 +31,4 @@ def ui(workspace: Workspace = HERE, overrides: Overrides = None) -> None:
             while True:
                 time.sleep(3600)
         except KeyboardInterrupt:
-            print("Stopped.")
+            print("Stopped.", flush=True)
