@@ -19,7 +19,7 @@ from feature_store.caption_table import CaptionTable, TableWriter, VideoCaptions
 from feature_store.caption_tokens import Table, Texts, tokenise
 from feature_store.config import CaptionConfig
 from feature_store.dedup import Caption, deduplicate_reference, deduplicate_words
-from feature_store.files import crc32c, disk_guard
+from feature_store.files import disk_guard, file_crc32c
 from feature_store.index import StoreIndex
 from feature_store.layout import open_store, scratch_name
 from feature_store.records import clean_text
@@ -31,6 +31,7 @@ from feature_store.snapshot import (
     snapshot_videos,
     update_snapshot,
 )
+from feature_store.storage import Root
 from feature_store.tokenizer import TRAIN_PREFIX, Tokenizer, load_tokenizer, train_wordpiece
 from vlm_dist.errors import ConfigError, StoreError
 
@@ -63,7 +64,7 @@ class CaptionReport(BaseModel):
     tokenizer_sha256: str
 
 
-def write_captions(root: Path, file: Path | None, cfg: CaptionConfig) -> CaptionReport:
+def write_captions(root: Root, file: Path | None, cfg: CaptionConfig) -> CaptionReport:
     """Writes a snapshot with the captions of a file; those of other videos stay. Does nothing where nothing changed.
 
     Args:
@@ -83,16 +84,15 @@ def write_captions(root: Path, file: Path | None, cfg: CaptionConfig) -> Caption
     finalise(root)
     before = StoreIndex(root)
     tokenizer = None if cfg.tokenizer.startswith(TRAIN_PREFIX) else load_tokenizer(cfg.tokenizer)
-    source = before.details["captions"].get("source_crc32c") if file is None else _file_crc(file)
+    source = before.details["captions"].get("source_crc32c") if file is None else file_crc32c(file)
     if file is None:
         _require_text(before, cfg)
     if _unchanged(before, cfg, source, tokenizer):
         return caption_report(before, changed=False)
 
-    scratch = meta.staging / scratch_name("captions")
+    scratch = meta.storage.scratch(scratch_name("captions"))
     try:
         with disk_guard(scratch, 3 * (file.stat().st_size if file else before.captions.text.nbytes)):
-            scratch.mkdir()
             new, counts = _read_file(scratch / "text", file, cfg) if file else ([], before.details["captions"])
             build = _Builder(scratch, new, tokenizer, cfg, {**counts, "source_crc32c": source})
             name = update_snapshot(meta, build)
@@ -219,14 +219,6 @@ def _milliseconds(video_id: str, value: object) -> int | None:
     except (TypeError, ValueError):
         raise StoreError(f"captions of video {video_id}: {value!r} is not a time in seconds") from None
     return round(seconds * 1000) if math.isfinite(seconds) else None
-
-
-def _file_crc(file: Path) -> int:
-    crc = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            crc = crc32c(block, crc)
-    return crc
 
 
 def _require_text(index: StoreIndex, cfg: CaptionConfig) -> None:

@@ -1,21 +1,20 @@
 """The commit records, the one truth about what a store holds, and rolling them forward (videos → features).
 
-Life of a shard: staged in `_staging/K.ATTEMPT/shard`, committed by the exclusive creation of `_commits/K.json`,
-published by renaming the staged file to `features/c/K/0`. A kill between the last two steps is mended by anyone who
-reads the record: the rename is idempotent. Two attempts at one shard can both be staged, never both committed.
+Life of a shard: staged as `_staging/K.ATTEMPT/shard`, committed by the exclusive creation of `_commits/K.json`,
+published by moving what is staged to `features/c/K/0`. A kill between the last two steps is mended by anyone who reads
+the record: the move is idempotent. Two attempts at one shard can both be staged, never both committed.
 """
 
 import re
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from feature_store.files import create_exclusive, disk_guard, fsync_dir, seal, unseal
-from feature_store.layout import StoreMeta
+from feature_store.files import seal, unseal
+from feature_store.layout import COMMITS, VOIDED, StoreMeta, shard_key
 from feature_store.records import VideoRecord
 from feature_store.shard import REPAIR
+from feature_store.storage import SCRATCH
 from vlm_dist.errors import StoreError
 
 _RECORD = re.compile(r"(\d{6,})\.json")
@@ -35,21 +34,30 @@ class Commit(BaseModel):
     videos: tuple[VideoRecord, ...]
 
 
-def commit_path(meta: StoreMeta, shard: int) -> Path:
+def commit_key(shard: int) -> str:
     """Where the record of a shard is."""
-    return meta.commits / f"{shard:06d}.json"
+    return f"{COMMITS}/{shard:06d}.json"
 
 
-def staging_path(meta: StoreMeta, shard: int, attempt: str) -> Path:
-    """The folder of one attempt at a shard."""
-    return meta.staging / f"{shard:06d}.{attempt}"
+def staging_name(shard: int, attempt: str) -> str:
+    """The folder of one attempt at a shard, below `_staging`."""
+    return f"{shard:06d}.{attempt}"
+
+
+def staged_key(shard: int, attempt: str) -> str:
+    """The staged object of one attempt at a shard."""
+    return f"{SCRATCH}/{staging_name(shard, attempt)}/shard"
 
 
 def create_record(meta: StoreMeta, commit: Commit) -> bool:
-    """The commit point: True if this attempt's record is now the shard's, False if another's was there first."""
+    """The commit point: True if this attempt's record is now the shard's, False if another's was there first.
+
+    Raises:
+        FileNotFoundError: what was staged is not there any more (another attempt won, and it was swept).
+    """
     body = commit.model_dump(mode="json", exclude_defaults=True)
-    scratch = staging_path(meta, commit.shard, commit.attempt)
-    return create_exclusive(commit_path(meta, commit.shard), seal(body), scratch)
+    guard = staged_key(commit.shard, commit.attempt)
+    return meta.storage.create(commit_key(commit.shard), seal(body), guard)
 
 
 def read_commit(meta: StoreMeta, shard: int) -> Commit:
@@ -59,85 +67,99 @@ def read_commit(meta: StoreMeta, shard: int) -> Commit:
         FileNotFoundError: the shard is not committed.
         StoreError: the record is damaged.
     """
-    path = commit_path(meta, shard)
-    body = unseal(path)
+    return _parse(meta, shard, meta.storage.read(commit_key(shard)))
+
+
+def _parse(meta: StoreMeta, shard: int, data: bytes) -> Commit:
+    place = meta.place(commit_key(shard))
+    body = unseal(data, place)
     try:
         commit = Commit.model_validate(body)
     except ValidationError as error:
-        raise StoreError(f"{path} is not a commit record that this version understands: {error}") from error
+        raise StoreError(f"{place} is not a commit record that this version understands: {error}") from error
     if commit.shard != shard:
-        raise StoreError(f"{path} is the record of shard {commit.shard}: a file was copied or renamed. {REPAIR}")
+        raise StoreError(f"{place} is the record of shard {commit.shard}: a file was copied or renamed. {REPAIR}")
     return commit
 
 
 def committed_shards(meta: StoreMeta) -> list[int]:
-    """Numbers of the committed shards, ascending: one listing, no file is read."""
-    matches = (_RECORD.fullmatch(path.name) for path in meta.commits.iterdir())
+    """Numbers of the committed shards, ascending: one listing, no record is read."""
+    matches = (_RECORD.fullmatch(name) for name in meta.storage.names(COMMITS))
     return sorted(int(match[1]) for match in matches if match)
 
 
 def iter_commits(meta: StoreMeta) -> Iterator[Commit]:
-    """All records by shard number, one in memory at a time."""
-    for shard in committed_shards(meta):
-        yield read_commit(meta, shard)
+    """All records by shard number, a few in memory at a time."""
+    shards = committed_shards(meta)
+    for shard, data in zip(shards, meta.storage.read_many([commit_key(shard) for shard in shards]), strict=True):
+        yield _parse(meta, shard, data)
 
 
-def roll_forward(meta: StoreMeta, commit: Commit) -> bool:
+def roll_forward(meta: StoreMeta, commit: Commit, sizes: Mapping[str, int] | None = None) -> bool:
     """Makes sure that a committed shard is published; True if this call did it.
+
+    Args:
+        meta: the store.
+        commit: the shard's record.
+        sizes: of the published shards, where somebody has just listed them; else the place is asked.
 
     Raises:
         StoreError: the shard's file is neither published nor staged, or has another size than was committed.
     """
     if commit.size == 0:
         return False
-    final = meta.shard_path(commit.shard)
-    staged = staging_path(meta, commit.shard, commit.attempt) / "shard"
-    published = False
-    if staged.exists():
-        with disk_guard(final, 4096):
-            final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            staged.replace(final)
-            published = True
-        except FileNotFoundError:  # someone else rolled it forward just now
-            pass
-        for folder in (final.parent, final.parent.parent, final.parent.parent.parent):
-            fsync_dir(folder)
-        shutil.rmtree(staged.parent, ignore_errors=True)
-    try:
-        size = final.stat().st_size
-    except FileNotFoundError:
-        raise StoreError(f"shard {commit.shard} is committed, but its file {final} is missing. {REPAIR}") from None
+    storage, final = meta.storage, shard_key(commit.shard)
+    if sizes is not None and sizes.get(final) == commit.size:
+        return False
+    storage.sync(COMMITS)  # what is published must never be more durable than its record
+    published = storage.move(staged_key(commit.shard, commit.attempt), final)
+    if published:
+        storage.remove(f"{SCRATCH}/{staging_name(commit.shard, commit.attempt)}")
+    size = storage.size(final)
+    if size is None:
+        raise StoreError(f"shard {commit.shard} is committed, but {meta.place(final)} is missing. {REPAIR}")
     if size != commit.size:
-        raise StoreError(f"shard {commit.shard}: {final} has {size:,} bytes, {commit.size:,} were committed. {REPAIR}")
+        raise StoreError(
+            f"shard {commit.shard}: {meta.place(final)} has {size:,} bytes, {commit.size:,} were committed. {REPAIR}"
+        )
     return published
 
 
+def roll_all_forward(meta: StoreMeta) -> Iterator[tuple[Commit, bool]]:
+    """Every record, with its shard published, and whether that was done just now."""
+    sizes = meta.storage.sizes("features/c")
+    for commit in iter_commits(meta):
+        yield commit, roll_forward(meta, commit, sizes)
+
+
 def void(meta: StoreMeta, shard: int) -> None:
-    """Takes a shard's file and record out, aside to `_voided`, so that the plan gives its videos out again."""
-    record, data = commit_path(meta, shard), meta.shard_path(shard)
-    number = len(list(meta.voided.glob(f"{record.stem}.*.json")))
-    for path, ending in ((data, "shard"), (record, "json")):  # data first: a record without data is voided again
-        if path.exists():
-            path.replace(meta.voided / f"{record.stem}.{number}.{ending}")
-            fsync_dir(path.parent)
-    fsync_dir(meta.voided)
+    """Takes a shard out, aside to `_voided`; its videos are planned again, as another shard.
+
+    An empty record stays in its place: the number is never used again, so that a reader of an older snapshot finds
+    nothing there instead of another video's rows.
+    """
+    storage, key = meta.storage, commit_key(shard)
+    number = sum(name.startswith(f"{shard:06d}.") for name in storage.names(VOIDED))
+    aside = f"{VOIDED}/{shard:06d}.{number}"
+    storage.move(shard_key(shard), f"{aside}.shard")  # first: a record without data is voided again
+    storage.replace(f"{aside}.json", storage.read(key))
+    storage.replace(key, seal({"shard": shard, "attempt": "voided", "size": 0, "crc32c": 0, "rows": 0, "videos": []}))
 
 
-def staged_attempts(meta: StoreMeta) -> Iterator[tuple[int, str, Path]]:
-    """(shard, attempt, folder) of everything staged."""
-    for path in sorted(meta.staging.iterdir()):
-        if match := _ATTEMPT.fullmatch(path.name):
-            yield int(match[1]), match[2], path
+def staged_attempts(meta: StoreMeta) -> Iterator[tuple[int, str, str]]:
+    """(shard, attempt, name) of everything staged."""
+    for name in meta.storage.names(SCRATCH):
+        if match := _ATTEMPT.fullmatch(name):
+            yield int(match[1]), match[2], name
 
 
 def sweep_staging(meta: StoreMeta) -> None:
     """Deletes staged attempts at committed shards: losers can never win any more, winners are published."""
     committed = set(committed_shards(meta))
-    for shard, attempt, folder in staged_attempts(meta):
+    for shard, attempt, name in staged_attempts(meta):
         if shard not in committed:
             continue  # perhaps at work
         commit = read_commit(meta, shard)
         if commit.attempt == attempt:
             roll_forward(meta, commit)
-        shutil.rmtree(folder, ignore_errors=True)
+        meta.storage.remove(f"{SCRATCH}/{name}")

@@ -12,11 +12,11 @@ from safetensors.torch import save
 
 from feature_store.config import ExtractConfig
 from feature_store.encode import calibration_clips
-from feature_store.files import replace_file
-from feature_store.layout import StoreMeta, create_store, open_store
+from feature_store.layout import StoreMeta, create_store, open_store, store_exists
 from feature_store.plan import PlannedVideo
 from feature_store.records import Provenance
 from feature_store.s3d import FEATURE_DIM, S3D
+from feature_store.storage import Root, fetched
 from feature_store.weights import NO_WEIGHTS, file_sha256, load_s3d, random_s3d
 from vlm_dist.errors import ConfigError, StoreError
 
@@ -36,7 +36,7 @@ class Encoder:
 
 
 def prepare_encoder(
-    store: Path,
+    store: Root,
     videos: Sequence[PlannedVideo],
     cfg: ExtractConfig,
     *,
@@ -56,7 +56,7 @@ def prepare_encoder(
     """
     if (weights is None) == (random_seed is None):
         raise ConfigError(NO_WEIGHTS if weights is None else "give either weights or a random seed, not both")
-    meta = open_store(store) if (store / "zarr.json").exists() else None
+    meta = open_store(store) if store_exists(store) else None
     known = meta.provenance if meta else None
     if weights is not None:
         model, sha256 = load_s3d(weights)
@@ -65,10 +65,11 @@ def prepare_encoder(
         return Encoder(model, provenance)
     if cfg.layer == "mixed_5c":
         raise ConfigError("random weights are made for video_embedding: mixed_5c of them is alike for all videos")
-    if meta and meta.provenance.random_seed == random_seed and kept_weights(meta).exists():
-        model, sha256 = load_s3d(kept_weights(meta))
+    if meta and meta.provenance.random_seed == random_seed and meta.storage.size(kept_weights(meta)):
+        with fetched(meta.storage, kept_weights(meta)) as path:
+            model, sha256 = load_s3d(path)
         if sha256 != meta.provenance.weights_sha256:
-            raise StoreError(f"{kept_weights(meta)} is damaged: restore it, or extract into a new folder")
+            raise StoreError(f"{meta.place(kept_weights(meta))} is damaged: restore it, or extract into a new folder")
         data, calibration = None, meta.provenance.calibration
     else:
         clips = calibration_clips([video.path for video in videos], cfg.decode)
@@ -85,13 +86,12 @@ def prepare_encoder(
     )
     meta = create_store(store, provenance, rows_per_shard)
     if data is not None:
-        kept_weights(meta).parent.mkdir(exist_ok=True)
-        replace_file(kept_weights(meta), data, meta.staging)
+        meta.storage.replace(kept_weights(meta), data)
     return Encoder(model, provenance)
 
 
 def require_same_encoder(
-    store: Path, cfg: ExtractConfig, *, random_seed: int | None, weights: Path | None, rows_per_shard: int = 0
+    store: Root, cfg: ExtractConfig, *, random_seed: int | None, weights: Path | None, rows_per_shard: int = 0
 ) -> None:
     """Refuse to go on with a store of another encoder, without loading the encoder.
 
@@ -108,9 +108,9 @@ def require_same_encoder(
     create_store(store, _provenance(cfg, known, **given), rows_per_shard)
 
 
-def kept_weights(meta: StoreMeta) -> Path:
+def kept_weights(meta: StoreMeta) -> str:
     """Where a store keeps the random weights that it was made with."""
-    return meta.root / "_extractor" / f"{meta.provenance.weights_sha256}.safetensors"
+    return f"_extractor/{meta.provenance.weights_sha256}.safetensors"
 
 
 def _provenance(cfg: ExtractConfig, known: Provenance | None, **weights: str | int | None) -> Provenance:

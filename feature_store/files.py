@@ -1,14 +1,9 @@
-"""Durable small files under the feature store (videos → features): fsync, exclusive creation, checksums, full disks.
-
-Nothing here knows what is stored. Every file that matters is first written to a scratch name and fsynced, then
-appears under its final name whole: by rename (may replace) or by hard link (may not).
-"""
+"""What the store's files share (under the storage): checksums, sealed JSON, fsync, full disks."""
 
 import errno
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +23,15 @@ def crc32c(data: bytes | np.ndarray, start: int = 0) -> int:
     return google_crc32c.extend(start, data)  # type: ignore[arg-type]
 
 
+def file_crc32c(path: Path) -> int:
+    """CRC-32C of a file, a block in memory at a time."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = crc32c(block, crc)
+    return crc
+
+
 def fsync_dir(folder: Path) -> None:
     """Makes the names in a folder durable (POSIX: renames and links live in the folder, not in the file)."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -45,45 +49,17 @@ def write_durable(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: Path, data: bytes, scratch: Path) -> None:
-    """Puts `data` at `path` at once, also over an older file; `scratch` is a folder of the same file system."""
-    temp = scratch / f"{path.name}.{uuid.uuid4().hex}"
-    with disk_guard(path, len(data)):
-        try:
-            write_durable(temp, data)
-            temp.replace(path)
-            fsync_dir(path.parent)
-        finally:
-            temp.unlink(missing_ok=True)
-
-
-def create_exclusive(path: Path, data: bytes, scratch: Path) -> bool:
-    """Puts `data` at `path` unless something is there already; True for the one caller that did it."""
-    temp = scratch / f"{path.name}.{uuid.uuid4().hex}"
-    with disk_guard(path, len(data)):
-        try:
-            write_durable(temp, data)
-            os.link(temp, path)
-            fsync_dir(path.parent)
-        except FileExistsError:
-            return False
-        finally:
-            temp.unlink(missing_ok=True)
-    return True
-
-
 def seal(body: dict[str, Any]) -> bytes:
     """JSON that carries the crc32c of its own body, so that one flipped bit in it cannot pass."""
     raw = json.dumps(body, separators=(",", ":"), sort_keys=True).encode()
     return _SEAL % crc32c(raw) + raw + b"}\n"
 
 
-def unseal(path: Path) -> dict[str, Any]:
-    """Reads what `seal` wrote; FileNotFoundError where there is none, StoreError where it is damaged."""
-    data = path.read_bytes()
+def unseal(data: bytes, where: Path | str) -> dict[str, Any]:
+    """What `seal` was given, from what it made; StoreError that names `where` if a byte of it differs."""
     body = data[_SEAL_LENGTH:-2]
     if data[:_SEAL_LENGTH] != _SEAL % crc32c(body) or data[-2:] != b"}\n":
-        raise StoreError(f"{path} is damaged (crc32c differs); run `vlm-dist store verify --repair` on the store")
+        raise StoreError(f"{where} is damaged (crc32c differs); run `vlm-dist store verify --repair` on the store")
     return json.loads(body)
 
 

@@ -10,14 +10,17 @@ from typing import Any, Self
 
 import numpy as np
 
-from feature_store.arrays import open_column
+from feature_store.arrays import check_column, open_column
 from feature_store.caption_table import CaptionTable, VideoCaptions, unpack_ids
 from feature_store.files import crc32c, unseal
-from feature_store.layout import StoreMeta, open_store
+from feature_store.layout import CURRENT, SNAPSHOTS, StoreMeta, open_store
+from feature_store.storage import Root
 from vlm_dist.errors import StoreError
 
 VIDEO_COLUMNS = ("shard", "row", "n_rows", "crc32c", "status")
 STATUS_OK = 0
+_POINTERS = ("clip_ptr", "tok_ptr", "text_ptr", "caption_crc32c")
+_CHECKED_AT_ONCE = ("video_id", "video_id_ptr", *VIDEO_COLUMNS, *_POINTERS)
 
 
 class StoreIndex:
@@ -34,8 +37,8 @@ class StoreIndex:
         details: the rest of snapshot.json (captions, failed, parent, ...).
     """
 
-    def __init__(self, root: Path, snapshot: str = "") -> None:
-        """Opens the snapshot of that name, or the one that CURRENT names.
+    def __init__(self, root: Root, snapshot: str = "", fresh: bool = False) -> None:
+        """Opens the snapshot of that name, or the one that CURRENT names; `fresh` distrusts what this node keeps of it.
 
         Raises:
             StoreError: no store, no snapshot yet, or a damaged one.
@@ -44,9 +47,10 @@ class StoreIndex:
         self.name = snapshot or current_snapshot(self.meta)
         if not self.name:
             raise StoreError(f"{root} has no finished extraction yet: run `vlm-dist extract` on it again")
-        self.folder = self.meta.snapshots / self.name
         try:
-            self.details: dict[str, Any] = unseal(self.folder / "snapshot.json")
+            self.folder = self.meta.storage.tree(f"{SNAPSHOTS}/{self.name}", fresh)
+            path = self.folder / "snapshot.json"
+            self.details: dict[str, Any] = unseal(path.read_bytes(), path)
         except FileNotFoundError:
             raise StoreError(
                 f"{root} has no index snapshot {self.name}; run `vlm-dist store verify --repair` on it"
@@ -62,7 +66,7 @@ class StoreIndex:
         self.clip_start_ms, self.clip_end_ms = self.captions.clip_start_ms, self.captions.clip_end_ms
         self.clip_ntok, self.tokens = self.captions.clip_ntok, self.captions.tokens
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path, str]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
         return type(self), (self.meta.root, self.name)
 
     @property
@@ -115,6 +119,18 @@ class StoreIndex:
         start = int(captions.ntext[:before].sum(dtype=np.int64))
         return captions.text[start : start + int(captions.ntext[before])].tobytes().decode()
 
+    def check_columns(self) -> None:
+        """Compares the columns with an entry a video (who is where) with their checksums; StoreError if one differs.
+
+        About 100 bytes a video are read; the columns over clips and tokens are compared a video at a time.
+        """
+        for name in _CHECKED_AT_ONCE:
+            if not check_column(self.folder, name, self.details["arrays"][name]):
+                raise StoreError(
+                    f"index array {name} in {self.folder} is damaged (crc32c differs); "
+                    "run `vlm-dist store verify --deep --repair` on the store"
+                )
+
     def check_captions(self, video: int) -> VideoCaptions:
         """Captions of a video whose checksum is compared; StoreError names the video where it differs."""
         captions = self.captions.video(video)
@@ -140,14 +156,13 @@ class StoreIndex:
 
 def current_snapshot(meta: StoreMeta) -> str:
     """Name of the snapshot that readers open; empty before the first; StoreError where CURRENT is damaged."""
-    path = meta.root / "CURRENT"
     try:
-        line = path.read_bytes()
+        line = meta.storage.read(CURRENT)
     except FileNotFoundError:
         return ""
     name = line.partition(b" ")[0].decode("ascii", "replace")
     if line != current_line(name):
-        raise StoreError(f"{path} is damaged; run `vlm-dist store verify --repair` on the store")
+        raise StoreError(f"{meta.place(CURRENT)} is damaged; run `vlm-dist store verify --repair` on the store")
     return name
 
 

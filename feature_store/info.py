@@ -1,7 +1,6 @@
 """What a store holds, in numbers, and which videos it could not take (any store → a summary)."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from feature_store.captions import caption_report
@@ -10,9 +9,10 @@ from feature_store.index import StoreIndex, current_snapshot
 from feature_store.layout import open_store
 from feature_store.plan import planned_shards, read_plan
 from feature_store.records import VideoRecord
+from feature_store.storage import Root
 
 
-def store_info(root: Path) -> dict[str, Any]:
+def store_info(root: Root) -> dict[str, Any]:
     """Counts, coverage, provenance and identity of a store, as plain JSON values.
 
     `videos` counts ids: planned = ok + failed + open. Hours, rows, clips and tokens are those of the current snapshot;
@@ -61,7 +61,7 @@ def store_info(root: Path) -> dict[str, Any]:
     }
 
 
-def failures(root: Path) -> list[VideoRecord]:
+def failures(root: Root) -> list[VideoRecord]:
     """Videos that have no features, by id: those whose every attempt failed, and inputs that repeated an id."""
     meta = open_store(root)
     failed: dict[str, VideoRecord] = {}

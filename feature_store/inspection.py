@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from feature_store.arrays import check_column
 from feature_store.caption_table import COLUMNS, CaptionTable
-from feature_store.commit import Commit, commit_path, committed_shards, read_commit, staging_path
+from feature_store.commit import Commit, commit_key, committed_shards, read_commit, staged_key
 from feature_store.files import crc32c
 from feature_store.index import StoreIndex, current_snapshot
-from feature_store.layout import CHUNK_ROWS, CRC_BYTES, StoreMeta, features_json
-from feature_store.plan import read_segment, segment_numbers
+from feature_store.layout import CHUNK_ROWS, CRC_BYTES, CURRENT, FEATURES_JSON, StoreMeta, shard_key
+from feature_store.plan import array_fits, missing_segments, read_segment, segment_numbers
 from feature_store.shard import bad_chunks, shard_bytes
 from feature_store.snapshot import row_milliseconds, snapshot_names
+from feature_store.storage import fetched
 from feature_store.tokenizer import load_tokenizer
 from vlm_dist.errors import VlmDistError
 
@@ -46,12 +47,15 @@ class Inspection:
         self.bad_segments: list[int] = []
         self.bad_shards: list[int] = []
         self.bad_snapshots: list[str] = []
-        self.orphans: list[Path] = []
+        self.orphans: list[str] = []  # keys
+        self.published: dict[str, int] = {}  # bytes of every published shard, by key
         self.ids: dict[int, list[str]] = {}  # of each good commit
         self.videos: set[tuple[bytes, int, int, int, int]] = set()  # id, shard, row, n_rows, crc32c of good commits
 
     def run(self) -> None:
         """Looks at everything."""
+        # Before the records: what an extraction at work publishes meanwhile is no stray.
+        self.published = self.meta.storage.sizes("features/c")
         planned = self._plan()
         for shard in committed_shards(self.meta):
             before = len(self.problems)
@@ -67,6 +71,9 @@ class Inspection:
     def _plan(self) -> dict[int, set[str]]:
         """Planned ids by shard; checks that segments follow each other and that the array has room for them."""
         planned: dict[int, set[str]] = {}
+        for number in missing_segments(self.meta):
+            self.bad_segments.append(number)
+            self._report("plan", f"plan segment {number}", "is missing")
         for number in segment_numbers(self.meta):
             try:
                 segment = read_segment(self.meta, number)
@@ -79,17 +86,16 @@ class Inspection:
                     "plan", f"plan segment {number}", f"begins at shard {segment.first_shard}, not {len(planned)}"
                 )
             planned |= {task.shard: {video.video_id for video in task.videos} for task in segment.tasks}
-        path = self.meta.root / "features" / "zarr.json"
         shards = max(planned, default=-1) + 1
-        if not self.bad_segments and (not path.exists() or path.read_bytes() != features_json(self.meta, shards)):
-            self._report("metadata", path, f"is not the metadata of {shards} planned shards")
+        if not self.bad_segments and not array_fits(self.meta, shards):
+            self._report("metadata", self.meta.place(FEATURES_JSON), f"is not the metadata of {shards} planned shards")
         return planned
 
     def _commit(self, shard: int, planned: dict[int, set[str]]) -> None:
         try:
             commit = read_commit(self.meta, shard)
         except VlmDistError as error:
-            self._report("commit", commit_path(self.meta, shard), error)
+            self._report("commit", self.meta.place(commit_key(shard)), error)
             return
         row = 0
         for record in commit.videos:
@@ -101,25 +107,32 @@ class Inspection:
                     self._report("commit", where, f"{record.n_rows} rows from {record.row}, expected from {row}")
                 row = record.row + record.n_rows
         if row != commit.rows or commit.size != (shard_bytes(self.meta, row) if row else 0):
-            self._report("commit", commit_path(self.meta, shard), f"{commit.size} bytes do not fit {row} rows")
+            self._report("commit", self.meta.place(commit_key(shard)), f"{commit.size} bytes do not fit {row} rows")
         self._shard(commit)
         self.ids[shard] = [record.video_id for record in commit.videos]
         ok = (record for record in commit.videos if record.status == "ok")
         self.videos.update((r.video_id.encode(), shard, r.row, r.n_rows, r.crc32c) for r in ok)
 
     def _shard(self, commit: Commit) -> None:
-        staged = staging_path(self.meta, commit.shard, commit.attempt) / "shard"
-        path = staged if staged.exists() else self.meta.shard_path(commit.shard)
-        where = f"shard {commit.shard} ({path})"
         if not commit.size:
             return
-        if not path.exists():
+        final = shard_key(commit.shard)
+        size = self.published.get(final)
+        key = final
+        if size is None:  # not published yet, or since we listed
+            key = staged_key(commit.shard, commit.attempt)
+            size = self.meta.storage.size(key)
+        if size is None:
+            key, size = final, self.meta.storage.size(final)
+        where = f"shard {commit.shard} ({self.meta.place(key)})"
+        if size is None:
             self._report("shard", where, "is committed, but the file is missing")
-        elif path.stat().st_size != commit.size:
-            self._report("shard", where, f"has {path.stat().st_size:,} bytes, {commit.size:,} were committed")
+        elif size != commit.size:
+            self._report("shard", where, f"has {size:,} bytes, {commit.size:,} were committed")
         elif self.deep:
             self.bytes_checked += commit.size
-            self._shard_bytes(commit, path, where)
+            with fetched(self.meta.storage, key) as path:
+                self._shard_bytes(commit, path, where)
 
     def _shard_bytes(self, commit: Commit, path: Path, where: str) -> None:
         """Checksums of the chunk index, of every chunk, of every video, and of the file."""
@@ -143,25 +156,24 @@ class Inspection:
             self._report("shard", where, "crc32c of the file differs from the commit record")
 
     def _orphans(self) -> None:
-        committed = set(committed_shards(self.meta))
-        for path in sorted((self.meta.root / "features").glob("c/*/0")):
-            if not path.parent.name.isdigit() or int(path.parent.name) not in committed:
-                self.orphans.append(path)
-                self._report("stray", path, "is a shard without a commit record; nobody reads it")
+        committed = {shard_key(shard) for shard in committed_shards(self.meta)}
+        for key in sorted(self.published.keys() - committed):
+            self.orphans.append(key)
+            self._report("stray", self.meta.place(key), "is a shard without a commit record; nobody reads it")
 
     def _snapshots(self) -> None:
         names = snapshot_names(self.meta)
         try:
             current = current_snapshot(self.meta)
             if current and current not in names:
-                self._report("index", "CURRENT", f"names snapshot {current}, which is not there")
+                self._report("index", CURRENT, f"names snapshot {current}, which is not there")
         except VlmDistError as error:
-            self._report("index", "CURRENT", error)
+            self._report("index", CURRENT, error)
             current = names[-1] if names else ""
         for name in names:
             before = len(self.problems)
             try:
-                index = StoreIndex(self.meta.root, name)
+                index = StoreIndex(self.meta.root, name, fresh=self.deep)
                 self._tables(index)
                 if name == max(names[-1], current):
                     self._against_commits(index)

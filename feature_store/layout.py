@@ -12,32 +12,39 @@ _voided/             commit records and snapshots that a repair took out
 
 import json
 import uuid
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from feature_store.files import crc32c, create_exclusive, disk_guard, replace_file
+from feature_store.files import crc32c
 from feature_store.records import Provenance
+from feature_store.storage import SCRATCH, Root, Storage, open_storage
 from vlm_dist.errors import StoreError
 
 SCHEMA_VERSION = 1
 CHUNK_ROWS = 256
 MAX_SHARD_BYTES = 64 << 20
 CRC_BYTES = 4
-_FOLDERS = ("features", "index", "_plan", "_commits", "_staging", "_voided")
+PLANS, COMMITS, VOIDED, SNAPSHOTS, CURRENT = "_plan", "_commits", "_voided", "index", "CURRENT"
+FEATURES_JSON, SNAPSHOTS_JSON = "features/zarr.json", f"{SNAPSHOTS}/zarr.json"
+_FOLDERS = ("features", SNAPSHOTS, PLANS, COMMITS, SCRATCH, VOIDED)
 _GROUP = {"zarr_format": 3, "node_type": "group"}
 
 
-class StoreMeta(BaseModel):
+@dataclass(frozen=True)
+class StoreMeta:
     """An opened store: its place, its shape (F = feature_dim) and what made its features."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    root: Path
+    storage: Storage
     rows_per_shard: int
     provenance: Provenance
+
+    @property
+    def root(self) -> str:
+        """The store's address; `open_store` of it opens the same store."""
+        return self.storage.address
 
     @property
     def feature_dim(self) -> int:
@@ -59,34 +66,14 @@ class StoreMeta(BaseModel):
         """Chunks of 256 rows in one shard."""
         return self.rows_per_shard // CHUNK_ROWS
 
-    @property
-    def plans(self) -> Path:
-        """Folder of the plan segments."""
-        return self.root / "_plan"
+    def place(self, key: str) -> str:
+        """Where an object of the store is, for messages."""
+        return f"{self.root}/{key}"
 
-    @property
-    def commits(self) -> Path:
-        """Folder of the commit records."""
-        return self.root / "_commits"
 
-    @property
-    def staging(self) -> Path:
-        """Folder of unpublished attempts and scratch files, on the store's own file system."""
-        return self.root / "_staging"
-
-    @property
-    def voided(self) -> Path:
-        """Folder of what repairs took out."""
-        return self.root / "_voided"
-
-    @property
-    def snapshots(self) -> Path:
-        """Folder of the index snapshots."""
-        return self.root / "index"
-
-    def shard_path(self, shard: int) -> Path:
-        """The published file of a shard (absent where all its videos failed)."""
-        return self.root / "features" / "c" / str(shard) / "0"
+def shard_key(shard: int) -> str:
+    """The published object of a shard (absent where all its videos failed)."""
+    return f"features/c/{shard}/0"
 
 
 def default_rows_per_shard(feature_dim: int) -> int:
@@ -94,50 +81,49 @@ def default_rows_per_shard(feature_dim: int) -> int:
     return max(1, MAX_SHARD_BYTES // (CHUNK_ROWS * feature_dim * 2)) * CHUNK_ROWS
 
 
-def create_store(root: Path, provenance: Provenance, rows_per_shard: int = 0) -> StoreMeta:
+def create_store(root: Root, provenance: Provenance, rows_per_shard: int = 0) -> StoreMeta:
     """Makes an empty store, or opens the one that is there if its provenance is the same.
 
     Args:
-        root: folder of the store; absent, empty, or already a store.
+        root: a folder that is absent, empty, or already a store; or s3://bucket/prefix likewise.
         provenance: what will make the features.
         rows_per_shard: a multiple of 256; 0 takes the most that stay within 64 MiB.
 
     Raises:
         StoreError: another provenance or shard size (the fields are named), or a folder with other files in it.
     """
-    root = Path(root)
+    storage = open_storage(root)
     rows = rows_per_shard or default_rows_per_shard(provenance.feature_dim)
     if rows % CHUNK_ROWS:
         raise StoreError(f"rows_per_shard is {rows}; it must be a multiple of {CHUNK_ROWS}, the rows of one chunk")
-    if not (root / "zarr.json").exists():
-        _require_vacant(root)
-        with disk_guard(root / "zarr.json", 64 << 10):
-            for name in _FOLDERS:
-                (root / name).mkdir(parents=True, exist_ok=True)
-        create_exclusive(root / "zarr.json", _group_json(rows, provenance), root / "_staging")
+    if storage.size("zarr.json") is None:
+        _require_vacant(storage)
+        storage.prepare(_FOLDERS)
+        storage.create("zarr.json", _group_json(rows, provenance))
     meta = open_store(root)
     _require_same(meta, provenance, rows if rows_per_shard else meta.rows_per_shard)
-    if not (root / "index" / "zarr.json").exists():
-        replace_file(root / "index" / "zarr.json", json.dumps(_GROUP, indent=2).encode(), meta.staging)
-    if not (root / "features" / "zarr.json").exists():
+    if storage.size(SNAPSHOTS_JSON) is None:
+        storage.replace(SNAPSHOTS_JSON, json.dumps(_GROUP, indent=2).encode())
+    if storage.size(FEATURES_JSON) is None:
         set_shard_count(meta, 0)
     return meta
 
 
-def open_store(root: Path) -> StoreMeta:
+def open_store(root: Root) -> StoreMeta:
     """Opens a store.
 
     Raises:
         StoreError: nothing is there, it is not a store, its attributes are damaged, or its schema version is another.
     """
-    root = Path(root)
-    path = root / "zarr.json"
+    storage = open_storage(root)
     try:
-        attributes = json.loads(path.read_bytes())["attributes"]
+        attributes = json.loads(storage.read("zarr.json"))["attributes"]
         store = attributes["vlm_dist"]
         version = store["schema_version"]
     except (FileNotFoundError, NotADirectoryError):
-        hint = "there is nothing" if not root.exists() else "this is not a feature store (it has no zarr.json)"
+        here = storage.local("")
+        there = here.exists() if here else bool(storage.names(""))
+        hint = "this is not a feature store (it has no zarr.json)" if there else "there is nothing"
         raise StoreError(f"{root}: {hint}; give a store's folder, or make one with `vlm-dist extract`") from None
     except (ValueError, KeyError, TypeError):
         raise StoreError(f"{root} is not a feature store: its zarr.json is not one that vlm-dist wrote") from None
@@ -150,13 +136,16 @@ def open_store(root: Path) -> StoreMeta:
     try:
         if attributes["vlm_dist_crc32c"] != _attributes_crc(store):
             raise ValueError("checksum")
-        return StoreMeta(
-            root=root,
-            rows_per_shard=store["rows_per_shard"],
-            provenance=Provenance.model_validate(store["provenance"]),
-        )
+        return StoreMeta(storage, store["rows_per_shard"], Provenance.model_validate(store["provenance"]))
     except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise StoreError(f"{path} is damaged: restore it from a copy (its attributes do not fit their crc)") from error
+        raise StoreError(
+            f"{storage.address}/zarr.json is damaged: restore it from a copy (its attributes do not fit their crc)"
+        ) from error
+
+
+def store_exists(root: Root) -> bool:
+    """Whether a store was made there (it may be damaged)."""
+    return open_storage(root).size("zarr.json") is not None
 
 
 def features_json(meta: StoreMeta, shards: int) -> bytes:
@@ -191,7 +180,7 @@ def array_json(shape: list[int], chunk: list[int], dtype: str, codecs: list[dict
 
 def set_shard_count(meta: StoreMeta, shards: int) -> None:
     """Gives the features array room for `shards` shards; only the plan step (and a repair) calls this."""
-    replace_file(meta.root / "features" / "zarr.json", features_json(meta, shards), meta.staging)
+    meta.storage.replace(FEATURES_JSON, features_json(meta, shards))
 
 
 def scratch_name(stem: str) -> str:
@@ -213,14 +202,19 @@ def _group_json(rows_per_shard: int, provenance: Provenance) -> bytes:
     return json.dumps({**_GROUP, "attributes": attributes}, indent=2).encode()
 
 
-def _require_vacant(root: Path) -> None:
-    """A folder of ours that a killed `create_store` left half-made passes; anybody else's files do not."""
-    if root.exists() and not root.is_dir():
-        raise StoreError(f"{root} is a file; a store is a folder, so give another path")
-    foreign = sorted(p.name for p in root.iterdir() if p.name not in (*_FOLDERS, "lost+found")) if root.exists() else []
+def _require_vacant(storage: Storage) -> None:
+    """The empty folders that a killed `create_store` left pass; anybody else's files do not."""
+    here = storage.local("")
+    if here and here.exists() and not here.is_dir():
+        raise StoreError(f"{storage.address} is a file; a store is a folder, so give another path")
+    foreign = [name for name in storage.names("") if name not in (*_FOLDERS, "lost+found")]
+    if not foreign:
+        inside = (key for folder in _FOLDERS if folder != SCRATCH for key in storage.sizes(folder))
+        foreign = [key for key in inside if key not in (FEATURES_JSON, SNAPSHOTS_JSON)]
     if foreign:
         raise StoreError(
-            f"{root} is not a feature store and not empty ({foreign[0]} is in it): give a new or an empty folder"
+            f"{storage.address} is not a feature store and not empty ({foreign[0]} is in it): "
+            "give a new or an empty folder"
         )
 
 

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feature_store.commit import committed_shards, iter_commits
-from feature_store.files import create_exclusive, seal, unseal
-from feature_store.layout import StoreMeta, features_json, open_store, set_shard_count
+from feature_store.files import seal, unseal
+from feature_store.layout import (
+    FEATURES_JSON,
+    PLANS,
+    VOIDED,
+    StoreMeta,
+    features_json,
+    open_store,
+    set_shard_count,
+)
 from feature_store.records import clean_text
+from feature_store.storage import Root
+from vlm_dist.errors import StoreError
 
 # A HowTo100M video has 390 rows on average, so that 168 of them fill a shard of 65,536 rows.
 MEAN_ROWS = 390
@@ -46,11 +56,21 @@ class Segment:
 
 
 def read_plan(meta: StoreMeta) -> list[Segment]:
-    """All segments, oldest first; StoreError where one is damaged."""
-    return [read_segment(meta, number) for number in segment_numbers(meta)]
+    """All segments, oldest first; StoreError where one is damaged or missing."""
+    numbers = segment_numbers(meta)
+    segments = [_parse(meta, n, data) for n, data in zip(numbers, meta.storage.read_many(_keys(numbers)), strict=True)]
+    first_shard = 0
+    for place, segment in enumerate(segments):
+        if segment.number != place or segment.first_shard != first_shard:
+            raise StoreError(
+                f"the plan in {meta.place(PLANS)} has a gap before segment {segment.number} (shard {first_shard}): "
+                "a file is missing; run `vlm-dist store verify --repair` on the store"
+            )
+        first_shard += len(segment.tasks)
+    return segments
 
 
-def plan_videos(root: Path, videos: Sequence[PlannedVideo], workers: int) -> list[ShardTask]:
+def plan_videos(root: Root, videos: Sequence[PlannedVideo], workers: int) -> list[ShardTask]:
     """Plans the videos that the store does not know yet, in one new segment, and says what is left to do.
 
     Videos that overflowed their shard, or that a committed shard has no record of, are planned again too: call this
@@ -85,7 +105,7 @@ def plan_videos(root: Path, videos: Sequence[PlannedVideo], workers: int) -> lis
     return [_with_paths(task, given) for task in tasks if task.shard not in done]
 
 
-def anything_to_do(root: Path, videos: Sequence[PlannedVideo]) -> bool:
+def anything_to_do(root: Root, videos: Sequence[PlannedVideo]) -> bool:
     """Whether `plan_videos` would return tasks or record a further duplicate; changes nothing."""
     meta = open_store(root)
     segments = read_plan(meta)
@@ -171,27 +191,48 @@ def _group(meta: StoreMeta, videos: Sequence[PlannedVideo], workers: int, first:
     return tuple(ShardTask(first + k, tuple(videos[bounds[k] : bounds[k + 1]])) for k in range(count))
 
 
-def rebuild_segment(meta: StoreMeta, number: int, commits: Mapping[int, Sequence[str]], shards: int) -> None:
-    """Replaces a damaged segment by what the commit records say; a repair's last resort.
+def rebuild_segments(meta: StoreMeta, numbers: Sequence[int], commits: Mapping[int, Sequence[str]]) -> list[str]:
+    """Makes damaged or missing segments anew from what the commit records say; a repair's last resort.
 
-    Videos of it that are not committed are forgotten: the next extraction that is given them plans them again.
+    Videos of them that are not committed are forgotten: the next extraction that is given them plans them again.
 
     Args:
         meta: the store.
-        number: of the segment.
+        numbers: of the segments.
         commits: ids of each committed shard.
-        shards: shards of the whole plan.
+
+    Returns:
+        What was done, a line a segment.
     """
-    path, intact = _segment_path(meta, number), [n for n in segment_numbers(meta) if n != number]
-    bounds = {n: read_segment(meta, n) for n in intact if abs(n - number) == 1}
-    first = bounds[number - 1].first_shard + len(bounds[number - 1].tasks) if number - 1 in bounds else 0
-    last = bounds[number + 1].first_shard if number + 1 in bounds else shards
-    tasks = tuple(
-        ShardTask(shard, tuple(PlannedVideo(video_id, "") for video_id in commits.get(shard, ())))
-        for shard in range(first, last)
-    )
-    path.replace(meta.voided / path.name)
-    _create_segment(meta, Segment(number, first, tasks, ()))
+    intact = {n: read_segment(meta, n) for n in segment_numbers(meta) if n not in numbers}
+    ends = {n: segment.first_shard + len(segment.tasks) for n, segment in intact.items()}
+    last_of_all = max([*ends.values(), max(commits, default=-1) + 1], default=0)
+    rebuilt: list[Segment] = []
+    for number in sorted(numbers):
+        first = ends.get(number - 1, 0)
+        # Of neighbours that are both lost the first takes all shards between those that are known.
+        last = next(
+            (intact[n].first_shard for n in range(number + 1, max(intact, default=0) + 1) if n in intact), last_of_all
+        )
+        tasks = tuple(
+            ShardTask(shard, tuple(PlannedVideo(video_id, "") for video_id in commits.get(shard, ())))
+            for shard in range(first, max(first, last))
+        )
+        ends[number] = max(first, last)
+        rebuilt.append(Segment(number, first, tasks, ()))
+    for segment in rebuilt:
+        key = _key(segment.number)
+        meta.storage.move(key, f"{VOIDED}/{key.rpartition('/')[2]}.{len(meta.storage.names(VOIDED))}")
+        _create_segment(meta, segment)
+    return [
+        f"rebuilt plan segment {s.number} from the commit records: give the videos to extract again" for s in rebuilt
+    ]
+
+
+def missing_segments(meta: StoreMeta) -> list[int]:
+    """Numbers that the plan skips."""
+    numbers = segment_numbers(meta)
+    return sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
 
 
 def _create_segment(meta: StoreMeta, segment: Segment) -> bool:
@@ -202,22 +243,30 @@ def _create_segment(meta: StoreMeta, segment: Segment) -> bool:
         "shards": [[[video.video_id, video.path] for video in task.videos] for task in segment.tasks],
         "duplicates": [[video.video_id, video.path] for video in segment.duplicates],
     }
-    return create_exclusive(_segment_path(meta, segment.number), seal(body), meta.staging)
+    return meta.storage.create(_key(segment.number), seal(body))
 
 
-def _segment_path(meta: StoreMeta, number: int) -> Path:
-    return meta.plans / f"plan-{number:03d}.json"
+def _key(number: int) -> str:
+    return f"{PLANS}/plan-{number:03d}.json"
+
+
+def _keys(numbers: Sequence[int]) -> list[str]:
+    return [_key(number) for number in numbers]
 
 
 def segment_numbers(meta: StoreMeta) -> list[int]:
     """Numbers of the plan files."""
-    matches = (_SEGMENT.fullmatch(path.name) for path in meta.plans.iterdir())
+    matches = (_SEGMENT.fullmatch(name) for name in meta.storage.names(PLANS))
     return sorted(int(match[1]) for match in matches if match)
 
 
 def read_segment(meta: StoreMeta, number: int) -> Segment:
     """One plan file; StoreError where it is damaged."""
-    body = unseal(_segment_path(meta, number))
+    return _parse(meta, number, meta.storage.read(_key(number)))
+
+
+def _parse(meta: StoreMeta, number: int, data: bytes) -> Segment:
+    body = unseal(data, meta.place(_key(number)))
     first = body["first_shard"]
     tasks = (
         ShardTask(first + k, tuple(PlannedVideo(*video) for video in videos)) for k, videos in enumerate(body["shards"])
@@ -227,12 +276,19 @@ def read_segment(meta: StoreMeta, number: int) -> Segment:
 
 def _fit_array(meta: StoreMeta) -> None:
     """Grows the features array to the plan. Two planners may do so at once: the last to write looks once more."""
-    path = meta.root / "features" / "zarr.json"
     while True:
         shards = planned_shards(meta)
-        if path.exists() and path.read_bytes() == features_json(meta, shards):
+        if array_fits(meta, shards):
             return
         set_shard_count(meta, shards)
+
+
+def array_fits(meta: StoreMeta, shards: int) -> bool:
+    """Whether the features array has the metadata of so many shards."""
+    try:
+        return meta.storage.read(FEATURES_JSON) == features_json(meta, shards)
+    except FileNotFoundError:
+        return False
 
 
 def _with_paths(task: ShardTask, given: dict[str, str]) -> ShardTask:

@@ -1,21 +1,23 @@
 """Store → features of a video, at the speed of the disk (index → features → clips).
 
-A shard's chunk index is read and checked once; after that a video is one `preadv` that scatters its rows around the
-chunk checksums straight into the result. The store is plain Zarr, so zarr-python and tensorstore read it as well.
+A shard's chunk index is read and checked once; after that a video is one `preadv` (or one ranged GET) that scatters its
+rows around the chunk checksums straight into the result. The store is plain Zarr, so zarr-python and tensorstore read
+it as well.
 """
 
-import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, Self
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
 from feature_store.files import crc32c
 from feature_store.index import StoreIndex
-from feature_store.layout import CHUNK_ROWS, CRC_BYTES, StoreMeta
-from feature_store.shard import ABSENT, REPAIR, bad_chunks, index_bytes, parse_index
+from feature_store.layout import CHUNK_ROWS, CRC_BYTES, shard_key
+from feature_store.node_cache import ShardCache
+from feature_store.shard import ABSENT, REPAIR, bad_chunks
+from feature_store.shard_source import ShardSource, open_shard
+from feature_store.storage import Root, fetched
 from vlm_dist.errors import StoreError
 
 SAMPLE_EVERY = 16
@@ -24,44 +26,64 @@ _MAX_BUFFERS = 1024  # IOV_MAX
 Check = Literal["off", "sampled", "always"]
 
 
-class _Shard:
-    """An open shard: descriptor and chunk index. Closes when nobody holds it: eviction spares a read at work."""
+class _Run(NamedTuple):
+    """A contiguous piece of a shard: where it begins, and the buffers that it fills (4 spare bytes per checksum)."""
 
-    def __init__(self, meta: StoreMeta, shard: int) -> None:
-        self.path = meta.shard_path(shard)
-        try:
-            self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise StoreError(f"shard {shard}: {self.path} is missing. {REPAIR}") from None
-        size = os.fstat(self.fd).st_size
-        raw = os.pread(self.fd, index_bytes(meta), max(0, size - index_bytes(meta)))
-        self.offsets = parse_index(meta, raw, self.path)[:, 0].tolist()
+    offset: int
+    buffers: list[memoryview | bytearray]
 
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
+    @property
+    def length(self) -> int:
+        return sum(map(len, self.buffers))
+
+
+class _Read(NamedTuple):
+    """One video's read: its rows to be, and the pieces that they come from."""
+
+    video: int
+    features: np.ndarray
+    shard: ShardSource
+    runs: list[_Run]
+    checked: bool
 
 
 class FeatureReader:
-    """Reads whole videos. Picklable (reopens the same snapshot), safe after fork and in spawned processes.
+    """Reads whole videos. Picklable (reopens the same snapshot), safe in spawned processes, and after fork where the
+    store is a folder.
+
+    With a check, the columns that say which rows are whose are compared with their checksums once, before the first
+    read; then features and captions of a video with theirs.
 
     Args:
         root: the store.
         check: whether a video's crc32c is compared: never, on every 16th read, or on every read.
         snapshot: of that name; empty takes the one that CURRENT names now.
         max_open: shards that are kept open.
+        cache_bytes: of whole shards of a store in a bucket that are kept on this node; 0 reads every video by a GET.
+        mapped: map the shards of a store in a folder, for stores that fit into memory.
     """
 
-    def __init__(self, root: Path, check: Check = "sampled", snapshot: str = "", max_open: int = 256) -> None:
+    def __init__(
+        self,
+        root: Root,
+        check: Check = "sampled",
+        snapshot: str = "",
+        max_open: int = 256,
+        cache_bytes: int = 0,
+        mapped: bool = False,
+    ) -> None:
         self.index = StoreIndex(root, snapshot)
         self.meta = self.index.meta
         self._check: Check = check
         self._max_open = max_open
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._cache = ShardCache(cache_bytes) if cache_bytes else None
+        self._mapped = mapped
+        self._open: OrderedDict[int, ShardSource] = OrderedDict()
         self._reads = 0
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path, Check, str, int]]:
-        return type(self), (self.meta.root, self._check, self.index.name, self._max_open)
+    def __reduce__(self) -> tuple[type[Self], tuple[str, Check, str, int, int, bool]]:
+        budget = self._cache.budget if self._cache else 0
+        return type(self), (self.meta.root, self._check, self.index.name, self._max_open, budget, self._mapped)
 
     def read(self, video: int) -> np.ndarray:
         """Features of a video by its number in the index.
@@ -72,66 +94,92 @@ class FeatureReader:
         Raises:
             StoreError: names video, shard and chunk where a shard is missing, cut short or damaged.
         """
-        n, first = int(self.index.n_rows[video]), int(self.index.row[video])
-        features = np.empty((n, self.meta.feature_dim), np.float16)
-        shard = self._shard(video)
-        for offset, buffers in self._pieces(video, shard, features, first):
-            wanted = sum(map(len, buffers))
-            if (got := os.preadv(shard.fd, buffers, offset)) != wanted:
-                raise StoreError(f"{self._name(video)}: {shard.path} ends early ({got} of {wanted} bytes). {REPAIR}")
-        self._reads += 1
-        due = self._check == "always" or (self._check == "sampled" and self._reads % SAMPLE_EVERY == 1)
-        if due and crc32c(features) != self.index.crc32c[video]:
-            raise StoreError(
-                f"{self._name(video)}: the bytes differ from those committed ({self._blame(video)}). {REPAIR}"
-            )
-        return features
+        return self.read_many((video,))[0]
 
     def read_many(self, videos: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Features of several videos; the disk is told of all of them before the first is read."""
-        for video in videos:
-            shard = self._shard(int(video))
-            first, n = int(self.index.row[video]), int(self.index.n_rows[video])
-            offset = shard.offsets[first // CHUNK_ROWS]
-            if offset != ABSENT:
-                length = (n + 2 * CHUNK_ROWS) * self.meta.row_bytes
-                os.posix_fadvise(shard.fd, offset, length, os.POSIX_FADV_WILLNEED)
-        return [self.read(int(video)) for video in videos]
+        reads = [self._plan(int(video)) for video in videos]
+        if len(reads) > 1:
+            for read in reads:
+                for run in read.runs:
+                    read.shard.advise(run.offset, run.length)
+        ranged = [read for read in reads if read.shard.ranged]
+        if ranged:
+            self._fetch(ranged)
+        for read in reads:
+            if not read.shard.ranged:
+                for run in read.runs:
+                    self._require(read, run, read.shard.read(run.buffers, run.offset))
+            if read.checked:
+                self._compare(read)
+        return [read.features for read in reads]
 
     def close(self) -> None:
         """Closes all shards; the next read opens them again."""
         self._open.clear()
 
-    def _shard(self, video: int) -> _Shard:
+    def _plan(self, video: int) -> _Read:
+        if self._reads == 0 and self._check != "off":
+            self.index.check_columns()
+        n, first = int(self.index.n_rows[video]), int(self.index.row[video])
+        if first + n > self.meta.rows_per_shard:
+            raise StoreError(f"the index in {self.index.folder} is damaged: {self._name(video)} has rows {first} + {n}")
         number = int(self.index.shard[video])
-        shard = self._open.pop(number, None) or _Shard(self.meta, number)
+        shard = self._open.pop(number, None) or open_shard(self.meta, number, self._cache, self._mapped)
         self._open[number] = shard
         if len(self._open) > self._max_open:
             self._open.popitem(last=False)
-        return shard
+        features = np.empty((n, self.meta.feature_dim), np.float16)
+        self._reads += 1
+        checked = self._check == "always" or (self._check == "sampled" and self._reads % SAMPLE_EVERY == 1)
+        return _Read(video, features, shard, self._runs(video, shard, features, first), checked)
 
-    def _pieces(
-        self, video: int, shard: _Shard, features: np.ndarray, first: int
-    ) -> list[tuple[int, list[memoryview | bytearray]]]:
-        """(file offset, buffers) of every contiguous run: slices of `features`, 4 spare bytes per checksum."""
+    def _runs(self, video: int, shard: ShardSource, features: np.ndarray, first: int) -> list[_Run]:
+        """Every contiguous piece of a video's rows; there is one where the shard is as we write it."""
         flat = features.reshape(-1).view(np.uint8).data
         row_bytes, chunk_bytes = self.meta.row_bytes, self.meta.chunk_bytes
-        runs: list[tuple[int, list[memoryview | bytearray]]] = []
+        runs: list[_Run] = []
         done, expected = 0, -1
         while done < len(flat):
             chunk, within = divmod(first + done // row_bytes, CHUNK_ROWS)
             offset = shard.offsets[chunk]
             if offset == ABSENT:
-                raise StoreError(f"{self._name(video)}, chunk {chunk}: {shard.path} does not hold this chunk. {REPAIR}")
+                raise StoreError(
+                    f"{self._name(video)}, chunk {chunk}: {shard.where} does not hold this chunk. {REPAIR}"
+                )
             take = min(chunk_bytes - within * row_bytes, len(flat) - done)
-            if offset == expected and len(runs[-1][1]) < _MAX_BUFFERS - 1:
-                runs[-1][1].append(bytearray(CRC_BYTES))
+            if offset == expected and len(runs[-1].buffers) < _MAX_BUFFERS - 1:
+                runs[-1].buffers.append(bytearray(CRC_BYTES))
             else:
-                runs.append((offset + within * row_bytes, []))
-            runs[-1][1].append(flat[done : done + take])
+                runs.append(_Run(offset + within * row_bytes, []))
+            runs[-1].buffers.append(flat[done : done + take])
             expected = offset + chunk_bytes + CRC_BYTES
             done += take
         return runs
+
+    def _fetch(self, reads: Iterable[_Read]) -> None:
+        """Asks for all pieces at once, as each takes the bucket some milliseconds."""
+        wanted = [(read, run) for read in reads for run in read.runs]
+        ranges = [(shard_key(int(self.index.shard[read.video])), run.offset, run.length) for read, run in wanted]
+        for (read, run), data in zip(wanted, self.meta.storage.read_ranges(ranges), strict=True):
+            self._require(read, run, len(data))
+            done = 0
+            for buffer in run.buffers:
+                buffer[:] = data[done : done + len(buffer)]
+                done += len(buffer)
+
+    def _require(self, read: _Read, run: _Run, got: int) -> None:
+        if got != run.length:
+            raise StoreError(
+                f"{self._name(read.video)}: {read.shard.where} ends early ({got} of {run.length} bytes). {REPAIR}"
+            )
+
+    def _compare(self, read: _Read) -> None:
+        if crc32c(read.features) != self.index.crc32c[read.video]:
+            raise StoreError(
+                f"{self._name(read.video)}: the bytes differ from those committed ({self._blame(read.video)}). {REPAIR}"
+            )
+        self.index.check_captions(read.video)
 
     def _name(self, video: int) -> str:
         return f"video {self.index.video_id(video)}, shard {int(self.index.shard[video])}"
@@ -141,8 +189,8 @@ class FeatureReader:
         first = int(self.index.row[video])
         last = first + int(self.index.n_rows[video]) - 1
         chunks = range(first // CHUNK_ROWS, last // CHUNK_ROWS + 1)
-        path = self.meta.shard_path(int(self.index.shard[video]))
-        bad = [str(chunk) for chunk, _ in bad_chunks(self.meta, path) if chunk in chunks]
+        with fetched(self.meta.storage, shard_key(int(self.index.shard[video]))) as path:
+            bad = [str(chunk) for chunk, _ in bad_chunks(self.meta, path) if chunk in chunks]
         return (
             f"chunk {', '.join(bad)} is damaged" if bad else f"chunks {chunks.start} to {chunks.stop - 1} hold others"
         )

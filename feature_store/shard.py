@@ -73,7 +73,7 @@ class ShardFile:
         self.size += data.nbytes
 
 
-def parse_index(meta: StoreMeta, raw: bytes, path: Path) -> np.ndarray:
+def parse_index(meta: StoreMeta, raw: bytes, path: Path | str) -> np.ndarray:
     """The (chunks, 2) offsets and sizes from a shard's last bytes; StoreError where the index is damaged."""
     if len(raw) != index_bytes(meta):
         raise StoreError(

@@ -5,7 +5,6 @@ loses builds again on the winner's, so that no update is lost. Captions of video
 in the snapshot's `pending` part and join their video as soon as its features are committed.
 """
 
-import errno
 import hashlib
 import json
 import shutil
@@ -19,11 +18,13 @@ import numpy as np
 
 from feature_store.arrays import ArrayInfo, write_column
 from feature_store.caption_table import CaptionTable, TableWriter, pack_ids
-from feature_store.commit import iter_commits, roll_forward, sweep_staging
-from feature_store.files import disk_guard, fsync_dir, replace_file, seal, write_durable
+from feature_store.commit import roll_all_forward, sweep_staging
+from feature_store.files import disk_guard, fsync_dir, seal, write_durable
 from feature_store.index import STATUS_OK, StoreIndex, current_line
-from feature_store.layout import StoreMeta, open_store, scratch_name
+from feature_store.layout import CURRENT, SNAPSHOTS, VOIDED, StoreMeta, open_store, scratch_name
+from feature_store.storage import Root
 
+_VOIDED = "snapshot-"
 _SHARDING = {"shard", "row"}  # where rows lie does not change what they are: not in the fingerprint
 
 
@@ -58,7 +59,7 @@ class Captions:
     details: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def finalise(root: Path) -> str:
+def finalise(root: Root) -> str:
     """Publishes every committed shard and writes a snapshot of all of it, with the captions of the one before.
 
     Safe to run again, by several at once and while an extraction is at work; does nothing where nothing changed.
@@ -91,33 +92,34 @@ def update_snapshot(meta: StoreMeta, build: Callable[[StoreIndex | None], tuple[
         draft = build(parent)
         if draft is None:
             return newest
-        staged = meta.staging / scratch_name("snapshot")
+        staged = meta.storage.scratch(scratch_name("snapshot"))
         try:
-            with disk_guard(meta.snapshots / name, _size(*draft)):
+            with disk_guard(staged, _size(*draft)):
                 _write(meta, staged, newest, *draft)
-                staged.rename(meta.snapshots / name)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            continue  # another builder took the number: build on its snapshot
+                published = meta.storage.publish(staged, f"{SNAPSHOTS}/{name}")
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-        fsync_dir(meta.snapshots)
-        return point_current(meta)
+        if published:
+            return point_current(meta)
+        # Another builder took the number: build on its snapshot.
 
 
 def point_current(meta: StoreMeta) -> str:
     """Makes CURRENT name the newest snapshot (a kill or a race may have left an older name); its name, or empty."""
     while True:
         names = snapshot_names(meta)
-        if not names or _current_is(meta, names[-1]):
+        try:
+            now = meta.storage.read(CURRENT)
+        except FileNotFoundError:
+            now = None
+        if not names or now == current_line(names[-1]):
             return names[-1] if names else ""
-        replace_file(meta.root / "CURRENT", current_line(names[-1]), meta.staging)
+        meta.storage.swap(CURRENT, now, current_line(names[-1]))
 
 
 def snapshot_names(meta: StoreMeta) -> list[str]:
     """Names of all snapshots, oldest first."""
-    return sorted((path.name for path in meta.snapshots.iterdir() if path.name.isdigit()), key=int)
+    return sorted((name for name in meta.storage.names(SNAPSHOTS) if name.isdigit()), key=int)
 
 
 def committed_videos(meta: StoreMeta) -> VideoColumns:
@@ -125,8 +127,7 @@ def committed_videos(meta: StoreMeta) -> VideoColumns:
     ids: list[bytes] = []
     parts: list[np.ndarray] = []
     reasons: dict[bytes, str] = {}
-    for commit in iter_commits(meta):
-        roll_forward(meta, commit)
+    for commit, _ in roll_all_forward(meta):
         ok = [record for record in commit.videos if record.status == "ok"]
         ids.extend(record.video_id.encode() for record in ok)
         parts.append(np.array([(commit.shard, r.row, r.n_rows, r.crc32c) for r in ok], np.uint32).reshape(-1, 4))
@@ -141,6 +142,11 @@ def committed_videos(meta: StoreMeta) -> VideoColumns:
 def row_milliseconds(meta: StoreMeta) -> int:
     """Time that one feature row covers (1,000 ms at 30 frames per row and 30 fps)."""
     return round(1000 * meta.provenance.window / meta.provenance.fps)
+
+
+def void_snapshot(meta: StoreMeta, name: str) -> None:
+    """Takes a snapshot out, aside to `_voided`; its number is never used again."""
+    meta.storage.move(f"{SNAPSHOTS}/{name}", f"{VOIDED}/{_VOIDED}{name}")
 
 
 def snapshot_videos(index: StoreIndex) -> VideoColumns:
@@ -162,7 +168,7 @@ def snapshot_captions(index: StoreIndex | None) -> Captions:
 def _write(meta: StoreMeta, folder: Path, parent: str, videos: VideoColumns, captions: Captions) -> None:
     """Writes a whole snapshot, durably, into a folder of its own."""
     group = json.dumps({"zarr_format": 3, "node_type": "group"}).encode()
-    (folder / "pending").mkdir(parents=True)
+    (folder / "pending").mkdir()
     write_durable(folder / "zarr.json", group)
     row_ms = row_milliseconds(meta)
     place = {
@@ -240,15 +246,8 @@ def _fingerprint(meta: StoreMeta, arrays: dict[str, ArrayInfo], tokenizer_sha256
 
 def _last_number(meta: StoreMeta) -> int:
     """The highest number that a snapshot has or had (a repair may have taken the newest out)."""
-    gone = (path.name.removeprefix("snapshot-") for path in meta.voided.glob("snapshot-*"))
+    gone = [name.removeprefix(_VOIDED) for name in meta.storage.names(VOIDED) if name.startswith(_VOIDED)]
     return max(map(int, [*snapshot_names(meta), *gone]), default=0)
-
-
-def _current_is(meta: StoreMeta, name: str) -> bool:
-    try:
-        return (meta.root / "CURRENT").read_bytes() == current_line(name)
-    except FileNotFoundError:
-        return False
 
 
 def _size(videos: VideoColumns, captions: Captions) -> int:

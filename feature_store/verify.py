@@ -1,17 +1,14 @@
 """Is a store sound, and if not, mend it (any store → a report): `vlm-dist store verify [--deep] [--repair]`."""
 
-import shutil
-from pathlib import Path
-
 from pydantic import BaseModel, ConfigDict, Field
 
-from feature_store.commit import committed_shards, read_commit, roll_forward, void
-from feature_store.files import fsync_dir
+from feature_store.commit import committed_shards, roll_all_forward, void
 from feature_store.index import StoreIndex
 from feature_store.inspection import Inspection, Problem
-from feature_store.layout import open_store, set_shard_count
-from feature_store.plan import planned_shards, rebuild_segment
-from feature_store.snapshot import finalise, snapshot_names
+from feature_store.layout import VOIDED, open_store, set_shard_count
+from feature_store.plan import planned_shards, rebuild_segments
+from feature_store.snapshot import finalise, snapshot_names, void_snapshot
+from feature_store.storage import SCRATCH, Root
 
 
 class VerifyReport(BaseModel):
@@ -26,7 +23,7 @@ class VerifyReport(BaseModel):
     repaired: list[str] = Field(description="What a repair did.")
 
 
-def verify_store(root: Path, deep: bool = False, repair: bool = False) -> VerifyReport:
+def verify_store(root: Root, deep: bool = False, repair: bool = False) -> VerifyReport:
     """Checks a whole store.
 
     Args:
@@ -60,28 +57,24 @@ def repair_store(inspection: Inspection) -> list[str]:
     """
     meta = inspection.meta
     done: list[str] = []
+    if inspection.bad_segments:  # first: voided shards are planned anew
+        done.extend(rebuild_segments(meta, inspection.bad_segments, inspection.ids))
     for shard in inspection.bad_shards:
         void(meta, shard)
         done.append(f"voided shard {shard}: extract again to make its videos anew")
-    for path in inspection.orphans:
-        path.replace(meta.voided / f"orphan-{path.parent.name}.{len(list(meta.voided.iterdir()))}.shard")
-        done.append(f"took out {path}, which no commit record names")
+    for key in inspection.orphans:
+        meta.storage.move(key, f"{VOIDED}/orphan-{key.split('/')[2]}.{len(meta.storage.names(VOIDED))}.shard")
+        done.append(f"took out {meta.place(key)}, which no commit record names")
     for name in inspection.bad_snapshots:
-        (meta.snapshots / name).replace(meta.voided / f"snapshot-{name}")
+        void_snapshot(meta, name)
         done.append(f"took out damaged snapshot {name}")
     if inspection.bad_snapshots:
-        fsync_dir(meta.snapshots)
         left = [name for name in snapshot_names(meta) if StoreIndex(meta.root, name).tokenizer_dir]
         done.append(f"captions are those of snapshot {left[-1]}" if left else "no captions are left: write them again")
-    for number in inspection.bad_segments:
-        shards = max(inspection.ids, default=-1) + 1
-        rebuild_segment(meta, number, inspection.ids, shards)
-        done.append(f"rebuilt plan segment {number} from the commit records: give the videos to extract again")
-    published = (shard for shard in committed_shards(meta) if roll_forward(meta, read_commit(meta, shard)))
-    done.extend(f"published shard {shard}" for shard in published)
-    for path in meta.staging.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        done.append(f"removed unfinished {path.name}")
+    done.extend(f"published shard {commit.shard}" for commit, now in roll_all_forward(meta) if now)
+    for name in meta.storage.names(SCRATCH):
+        meta.storage.remove(f"{SCRATCH}/{name}")
+        done.append(f"removed unfinished {name}")
     if any(problem.kind == "metadata" for problem in inspection.problems) or inspection.bad_segments:
         set_shard_count(meta, planned_shards(meta))
         done.append("wrote features/zarr.json anew")

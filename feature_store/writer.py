@@ -8,31 +8,38 @@ import contextlib
 import os
 import shutil
 import uuid
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
-from feature_store.commit import Commit, commit_path, create_record, read_commit, roll_forward, staging_path
-from feature_store.files import crc32c, disk_guard, fsync_dir
+from feature_store.commit import (
+    Commit,
+    commit_key,
+    create_record,
+    read_commit,
+    roll_forward,
+    staged_key,
+    staging_name,
+)
+from feature_store.files import crc32c, disk_guard
 from feature_store.layout import open_store
 from feature_store.records import VideoRecord
 from feature_store.shard import ShardFile, shard_bytes
+from feature_store.storage import SCRATCH, Root
 from vlm_dist.errors import StoreError
 
 
 class ShardAttempt:
     """Stages a shard video by video and commits it once; a context manager that abandons what was not committed."""
 
-    def __init__(self, root: Path, task_shard: int) -> None:
+    def __init__(self, root: Root, task_shard: int) -> None:
         self._meta = open_store(root)
         self._shard = task_shard
         self._attempt = uuid.uuid4().hex
-        self._folder = staging_path(self._meta, task_shard, self._attempt)
+        self._folder = self._meta.storage.scratch(staging_name(task_shard, self._attempt))
         self._path = self._folder / "shard"
         with disk_guard(self._path, 4096):
-            self._folder.mkdir()
             self._file = self._path.open("wb")
         self._rows = ShardFile(self._meta, self._file)
         self._records: dict[str, VideoRecord] = {}
@@ -81,11 +88,10 @@ class ShardAttempt:
             videos=tuple(self._records.values()),
         )
         try:
-            fsync_dir(self._folder)
-            fsync_dir(self._meta.staging)
+            self._meta.storage.upload(self._path, staged_key(self._shard, self._attempt))
             won = create_record(self._meta, commit)
         except FileNotFoundError:  # our staging was swept, because another attempt had won
-            if not commit_path(self._meta, self._shard).exists():
+            if self._meta.storage.size(commit_key(self._shard)) is None:
                 raise StoreError(
                     f"the staged shard {self._folder} was deleted while it was written: "
                     "run no repair while an extraction is at work, and run the extraction again"
@@ -95,7 +101,7 @@ class ShardAttempt:
             roll_forward(self._meta, commit)
         else:
             roll_forward(self._meta, read_commit(self._meta, self._shard))
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove()
         return won
 
     def abandon(self) -> None:
@@ -107,7 +113,7 @@ class ShardAttempt:
         except FileNotFoundError:
             committed = False
         if not committed:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove()
 
     def __enter__(self) -> Self:
         return self
@@ -116,6 +122,14 @@ class ShardAttempt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abandon()
+
+    def room(self) -> int:
+        """Rows that still fit into the shard."""
+        return self._meta.rows_per_shard - self._rows.rows
+
+    def _remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._meta.storage.remove(f"{SCRATCH}/{staging_name(self._shard, self._attempt)}")
 
     def _stage(self, record: VideoRecord, features: np.ndarray) -> VideoRecord:
         where = f"video {record.video_id} (shard {self._shard})"
@@ -148,10 +162,11 @@ class ShardAttempt:
             raise StoreError(f"an earlier write to {self._path} failed: abandon this attempt and start another")
 
 
-def shard_done(root: Path, shard: int) -> bool:
+def shard_done(root: Root, shard: int) -> bool:
     """True if a shard is committed (published too, on return): whoever was given its task has nothing to do."""
     meta = open_store(root)
-    if not commit_path(meta, shard).exists():
+    try:
+        roll_forward(meta, read_commit(meta, shard))
+    except FileNotFoundError:
         return False
-    roll_forward(meta, read_commit(meta, shard))
     return True

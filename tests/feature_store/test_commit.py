@@ -18,13 +18,14 @@ import pytest
 import tensorstore
 import zarr
 
-from feature_store.commit import commit_path, committed_shards, read_commit, staged_attempts
+from feature_store.commit import commit_key, committed_shards, read_commit, staged_attempts
 from feature_store.index import StoreIndex
-from feature_store.layout import create_store, open_store
+from feature_store.layout import create_store, open_store, shard_key
 from feature_store.plan import PlannedVideo, plan_videos
 from feature_store.reader import FeatureReader
 from feature_store.records import VideoRecord
 from feature_store.snapshot import finalise, snapshot_names
+from feature_store.storage import SCRATCH
 from feature_store.verify import verify_store
 from feature_store.writer import ShardAttempt, shard_done
 from tests.feature_store.store_tools import F, add_video, features, make_store, provenance, random_corpus, write_shards
@@ -103,13 +104,13 @@ def test_anyone_rolls_a_commit_forward(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(SystemExit):
             attempt.commit()
     meta = open_store(tmp_path)
-    assert commit_path(meta, 0).exists()
-    assert not meta.shard_path(0).exists()
+    assert meta.storage.size(commit_key(0))
+    assert meta.storage.size(shard_key(0)) is None
     assert not verify_store(tmp_path, deep=True).problems  # a state that a kill may leave
     assert plan_videos(tmp_path, [], 1) == []
     finalise(tmp_path)
     assert np.array_equal(FeatureReader(tmp_path, "always").read(0), features("v", 300))
-    assert not list(meta.staging.iterdir())
+    assert not meta.storage.names(SCRATCH)
 
 
 def exit_here() -> None:
@@ -205,7 +206,7 @@ def test_full_disk(small_disk: Path) -> None:
     assert written >= 2
     assert not list((root / "_staging").iterdir())
     (small_disk / "more").write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 65536)))
-    with pytest.raises(StoreError, match=r"the disk of .*index/000001 is full"):
+    with pytest.raises(StoreError, match=r"the disk of .*_staging/snapshot.* is full"):
         finalise(root)
     report = verify_store(root, deep=True)
     assert (report.problems, report.shards) == ([], written)
@@ -237,6 +238,7 @@ from pathlib import Path
 from tests.feature_store.store_tools import add_video, features
 from feature_store.plan import PlannedVideo, plan_videos
 from feature_store.snapshot import finalise, snapshot_names
+from feature_store.storage import SCRATCH
 from feature_store.writer import ShardAttempt, shard_done
 root, salt, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 videos = [PlannedVideo(f"video-{k}", "") for k in range(count)]

@@ -58,7 +58,7 @@ def test_features_are_those_of_the_one_function(corpus: Path, extracted: tuple[P
     assert (summary.tally.ok, summary.tally.failed, summary.tally.seconds) == (10, 0, 29)
     assert not summary.nothing_to_do
     assert summary.shards >= 4
-    model, _ = load_s3d(kept_weights(open_store(store)))
+    model, _ = load_s3d(store / kept_weights(open_store(store)))
     features = all_features(store)
     assert sorted(features) == [f"v{number}" for number in range(10)]
     for video_id, rows in features.items():
@@ -96,7 +96,7 @@ def test_more_videos_go_through_the_same_encoder(
     assert (summary.tally.ok, summary.shards) == (1, 1)
     features = all_features(store)
     assert len(features) == 11
-    model, _ = load_s3d(kept_weights(open_store(store)))
+    model, _ = load_s3d(store / kept_weights(open_store(store)))
     alone = features_from_file(new, model, CFG).features
     assert np.abs(features["new"].astype(np.float32) - alone.astype(np.float32)).max() < 2e-3
 
@@ -149,7 +149,7 @@ def test_weights_must_be_chosen(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_given_weights(corpus: Path, extracted: tuple[Path, ExtractSummary], tmp_path: Path) -> None:
-    weights = kept_weights(open_store(extracted[0]))
+    weights = extracted[0] / kept_weights(open_store(extracted[0]))
     cfg = CFG.model_copy(update={"layer": "mixed_5c", "normalise": False})
     summary = extract_corpus(tmp_path / "store", list_inputs([corpus / "v0.mp4"]), cfg, weights=weights)
     assert summary.tally.ok == 1
@@ -160,7 +160,7 @@ def test_given_weights(corpus: Path, extracted: tuple[Path, ExtractSummary], tmp
 
 def test_lost_random_weights_are_named(corpus: Path, extracted: tuple[Path, ExtractSummary], tmp_path: Path) -> None:
     store = shutil.copytree(extracted[0], tmp_path / "store")
-    kept = kept_weights(open_store(store))
+    kept = store / kept_weights(open_store(store))
     kept.write_bytes(kept.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(StoreError, match="damaged"):
         prepare_encoder(store, list_inputs([corpus]), CFG, random_seed=0)

@@ -1,0 +1,167 @@
+"""A feature store in a folder: exclusive creation by hard link, publishing by rename, fsync before either."""
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from feature_store.files import disk_guard, fsync_dir, write_durable
+from feature_store.storage import SCRATCH
+
+
+@dataclass(frozen=True)
+class LocalStorage:
+    """A `Storage` on any POSIX file system that all workers see (NFS, Lustre, a disk)."""
+
+    root: Path
+
+    @property
+    def address(self) -> str:
+        """The folder's path."""
+        return str(self.root)
+
+    def path(self, key: str) -> Path:
+        """The file or folder of a key."""
+        return self.root / key
+
+    def read(self, key: str) -> bytes:
+        return self.path(key).read_bytes()
+
+    def read_many(self, keys: Sequence[str]) -> Iterator[bytes]:
+        return map(self.read, keys)
+
+    def size(self, key: str) -> int | None:
+        try:
+            return self.path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for parent, _, names in os.walk(self.path(folder)):
+            for name in names:
+                path = Path(parent, name)
+                if (size := self.size(str(path.relative_to(self.root)))) is not None:  # gone since it was listed
+                    found[path.relative_to(self.root).as_posix()] = size
+        return found
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            return sorted(os.listdir(self.path(folder)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def create(self, key: str, data: bytes, guard: str = "") -> bool:
+        path = self.path(key)
+        # Beside the guard: a link from a folder that was swept meanwhile fails, without any window in between.
+        temp = (self.path(guard).parent if guard else self.path(SCRATCH)) / f"{path.name}.{uuid.uuid4().hex}"
+        with disk_guard(path, len(data)):
+            try:
+                write_durable(temp, data)
+                os.link(temp, path)
+                fsync_dir(path.parent)
+            except FileExistsError:
+                return False
+            finally:
+                temp.unlink(missing_ok=True)
+        return True
+
+    def replace(self, key: str, data: bytes) -> None:
+        path = self.path(key)
+        temp = self.path(SCRATCH) / f"{path.name}.{uuid.uuid4().hex}"
+        with disk_guard(path, len(data)):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_durable(temp, data)
+                temp.replace(path)
+                fsync_dir(path.parent)
+            finally:
+                temp.unlink(missing_ok=True)
+
+    def swap(self, key: str, before: bytes | None, data: bytes) -> bool:
+        # Not one step, as POSIX has none: whoever swaps must look again afterwards, and all do.
+        try:
+            now = self.read(key)
+        except FileNotFoundError:
+            now = None
+        if now != before:
+            return False
+        self.replace(key, data)
+        return True
+
+    def move(self, key: str, target: str) -> bool:
+        source, final = self.path(key), self.path(target)
+        with disk_guard(final, 4096):
+            final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            source.replace(final)
+        except FileNotFoundError:
+            return False
+        # Up to the root: the folders on the way may be new as well.
+        for folder in [source.parent, *final.parents]:
+            fsync_dir(folder)
+            if folder == self.root:
+                break
+        return True
+
+    def sync(self, folder: str) -> None:
+        fsync_dir(self.path(folder))
+
+    def remove(self, key: str) -> None:
+        path = self.path(key)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    def prepare(self, folders: Sequence[str]) -> None:
+        with disk_guard(self.path("zarr.json"), 64 << 10):
+            for name in folders:
+                self.path(name).mkdir(parents=True, exist_ok=True)
+        fsync_dir(self.root)
+
+    def scratch(self, name: str) -> Path:
+        folder = self.path(SCRATCH) / name
+        with disk_guard(folder, 4096):
+            folder.mkdir()
+        return folder
+
+    def upload(self, path: Path, key: str) -> None:
+        # The scratch folder is on the store's own file system, and what is built there already has its final name.
+        assert path == self.path(key), f"{path} is not where {key} belongs"
+        for folder in (path.parent, path.parent.parent):
+            fsync_dir(folder)
+
+    def publish(self, folder: Path, key: str) -> bool:
+        try:
+            folder.rename(self.path(key))
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+        fsync_dir(self.path(key).parent)
+        return True
+
+    def tree(self, key: str, fresh: bool = False) -> Path:
+        path = self.path(key)
+        if not path.is_dir():
+            raise FileNotFoundError(path)
+        return path
+
+    def local(self, key: str) -> Path | None:
+        return self.path(key)
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+        for key, start, length in ranges:
+            with self.path(key).open("rb") as file:
+                file.seek(start)
+                yield file.read(length)
+
+    def read_end(self, key: str, length: int) -> tuple[bytes, int, str]:
+        with self.path(key).open("rb") as file:
+            status = os.fstat(file.fileno())
+            file.seek(max(0, status.st_size - length))
+            return file.read(), status.st_size, f"{status.st_ino}-{status.st_mtime_ns}"

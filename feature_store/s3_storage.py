@@ -1,0 +1,208 @@
+"""A feature store in a bucket: conditional PUT where a folder has hard links, server-side copy where it has rename.
+
+Credentials, region and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, …) or from
+the machine's role, as obstore reads them. The place must have conditional PUT (If-None-Match, If-Match), as Amazon S3,
+Cloudflare R2, MinIO and Ceph have.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import S3Store
+
+from feature_store.files import crc32c, file_crc32c, seal, unseal
+from feature_store.node_cache import keep_tree, tree_folder
+from vlm_dist.errors import ConfigError, StoreError
+
+LOCATION = "LOCATION"  # in a published folder: where its objects are, and their checksums
+_AT_ONCE = 16  # requests in flight, and objects read ahead
+_PART_BYTES = 16 << 20
+
+_used_by: int | None = None  # the process whose client threads are alive
+
+
+class S3Storage:
+    """A `Storage` at s3://bucket/prefix."""
+
+    def __init__(self, address: str) -> None:
+        bucket, _, prefix = address.removeprefix("s3:").strip("/").partition("/")
+        if not bucket:
+            raise ConfigError(f"{address}: an S3 store is s3://bucket/prefix")
+        self._address = f"s3://{bucket}/{prefix}".rstrip("/")
+        with self._errors():
+            self._client = S3Store(bucket, prefix=prefix or None)
+
+    @property
+    def address(self) -> str:
+        """s3://bucket/prefix."""
+        return self._address
+
+    def read(self, key: str) -> bytes:
+        with self._errors(key):
+            return obstore.get(self._client, key).bytes().to_bytes()
+
+    def read_many(self, keys: Sequence[str]) -> Iterator[bytes]:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for start in range(0, len(keys), _AT_ONCE):
+                yield from pool.map(self.read, keys[start : start + _AT_ONCE])
+
+    def size(self, key: str) -> int | None:
+        try:
+            with self._errors(key):
+                return int(obstore.head(self._client, key)["size"])
+        except FileNotFoundError:
+            return None
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        with self._errors(folder):
+            batches = obstore.list(self._client, prefix=folder or None)
+            return {str(found["path"]): int(found["size"]) for batch in batches for found in batch}
+
+    def names(self, folder: str) -> list[str]:
+        with self._errors(folder):
+            listed = obstore.list_with_delimiter(self._client, prefix=folder or None)
+        paths = [*listed["common_prefixes"], *(found["path"] for found in listed["objects"])]
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+
+    def create(self, key: str, data: bytes, guard: str = "") -> bool:
+        if guard and self.size(guard) is None:
+            raise FileNotFoundError(guard)
+        try:
+            with self._errors(key):
+                self._put(key, data, "create")
+        except (AlreadyExistsError, PreconditionError):
+            # The answer to a request that did it may be lost; the client asks again and is told that it is too late.
+            return self.read(key) == data
+        return True
+
+    def replace(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            self._put(key, data, "overwrite")
+
+    def swap(self, key: str, before: bytes | None, data: bytes) -> bool:
+        if before is None:
+            return self.create(key, data)
+        try:
+            with self._errors(key):
+                found = obstore.get(self._client, key)
+                etag = found.meta["e_tag"]
+                if found.bytes().to_bytes() != before:
+                    return False
+                self._put(key, data, {"e_tag": str(etag)})
+        except (FileNotFoundError, PreconditionError):
+            return False
+        return True
+
+    def move(self, key: str, target: str) -> bool:
+        for source, final in ((key, target), (f"{key}/{LOCATION}", f"{target}/{LOCATION}")):
+            try:
+                with self._errors(source):
+                    obstore.copy(self._client, source, final)
+                    obstore.delete(self._client, source)
+                return True
+            except FileNotFoundError:
+                continue
+        return False
+
+    def sync(self, folder: str) -> None:
+        pass  # what a bucket has answered for is durable
+
+    def remove(self, key: str) -> None:
+        with self._errors(key):
+            keys = [key, *self.sizes(key + "/")]
+            obstore.delete(self._client, keys)
+
+    def prepare(self, folders: Sequence[str]) -> None:
+        pass  # a bucket has no folders
+
+    def scratch(self, name: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix=f"vlm-dist-{name}."))
+
+    def upload(self, path: Path, key: str) -> None:
+        with self._errors(key):
+            obstore.put(self._client, key, path, chunk_size=_PART_BYTES, mode="overwrite")
+        path.unlink()
+
+    def publish(self, folder: Path, key: str) -> bool:
+        place = f"{key}.{uuid.uuid4().hex}"
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        told = {name: [path.stat().st_size, file_crc32c(path)] for name, path in files.items()}
+        for name, path in files.items():
+            self.upload(path, f"{place}/{name}")
+        if self.create(f"{key}/{LOCATION}", seal({"folder": place, "files": told})):
+            return True
+        self.remove(place)
+        return False
+
+    def tree(self, key: str, fresh: bool = False) -> Path:
+        location = unseal(self.read(f"{key}/{LOCATION}"), f"{self._address}/{key}/{LOCATION}")
+        final = tree_folder(self._address, location["folder"])
+        if fresh:
+            shutil.rmtree(final, ignore_errors=True)
+        keep_tree(final, lambda staged: self._fetch(location["folder"], location["files"], staged))
+        return final
+
+    def _fetch(self, place: str, files: dict[str, list[int]], folder: Path) -> None:
+        for name, (size, crc) in files.items():
+            data = self.read(f"{place}/{name}")
+            if len(data) != size or crc32c(data) != crc:
+                raise StoreError(
+                    f"{self._address}/{place}/{name} is damaged (crc32c differs); "
+                    "run `vlm-dist store verify --repair` on the store"
+                )
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+
+    def local(self, key: str) -> Path | None:
+        return None
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+        if len(ranges) == 1:
+            yield self._range(*ranges[0])
+        elif ranges:
+            with ThreadPoolExecutor(min(_AT_ONCE, len(ranges))) as pool:
+                yield from pool.map(self._range, *zip(*ranges, strict=True))
+
+    def _range(self, key: str, start: int, length: int) -> bytes:
+        with self._errors(key):
+            return obstore.get_range(self._client, key, start=start, length=length).to_bytes()
+
+    def read_end(self, key: str, length: int) -> tuple[bytes, int, str]:
+        with self._errors(key):
+            found = obstore.get(self._client, key, options={"range": {"suffix": length}})
+            return found.bytes().to_bytes(), int(found.meta["size"]), str(found.meta["e_tag"])
+
+    def _put(self, key: str, data: bytes, mode: Literal["create", "overwrite"] | dict[str, str]) -> None:
+        obstore.put(self._client, key, data, mode=mode, use_multipart=False)  # pyright: ignore[reportArgumentType]
+
+    @contextmanager
+    def _errors(self, key: str = "") -> Generator[None]:
+        """One process's client in one process; its errors as ours."""
+        global _used_by
+        if _used_by not in (None, os.getpid()):
+            raise StoreError(
+                f"{self._address}: a process that was forked from one that uses S3 cannot use it (the client's threads "
+                "are not in it); start such processes with spawn or forkserver"
+            )
+        _used_by = os.getpid()
+        try:
+            yield
+        except (AlreadyExistsError, PreconditionError):
+            raise
+        except BaseError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise StoreError(
+                f"{self._address}/{key} cannot be reached: {reason}. The environment says how: AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY, AWS_REGION, and AWS_ENDPOINT_URL (with AWS_ALLOW_HTTP=true for http)"
+            ) from error

@@ -1,0 +1,123 @@
+"""An open shard, wherever it lies: a file, a mapped file, or an object read by ranges (storage → reader).
+
+Each knows where its chunks begin, and scatters a contiguous run of its bytes into buffers.
+"""
+
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from feature_store.layout import StoreMeta, shard_key
+from feature_store.node_cache import ShardCache
+from feature_store.shard import REPAIR, bad_chunks, index_bytes, parse_index
+from vlm_dist.errors import StoreError
+
+Buffers = Sequence[memoryview | bytearray]
+
+
+class ShardSource(Protocol):
+    """An open shard."""
+
+    where: str
+    offsets: list[int]
+    """Where each chunk begins in the file; all bits set where it was never written."""
+    ranged: bool
+    """Whether the reader should fetch the runs of a whole batch at once, with `Storage.read_ranges`."""
+
+    def read(self, buffers: Buffers, offset: int) -> int:
+        """Fills the buffers with what lies from `offset` on; the bytes that were there."""
+        ...
+
+    def advise(self, offset: int, length: int) -> None:
+        """Says what will be read soon."""
+        ...
+
+
+def open_shard(meta: StoreMeta, shard: int, cache: ShardCache | None, mapped: bool) -> ShardSource:
+    """Opens a shard and checks its chunk index.
+
+    Args:
+        meta: the store.
+        shard: number.
+        cache: keeps shards of a store in a bucket on this node; None reads ranges.
+        mapped: map a shard that is a file, for stores that fit into memory.
+
+    Raises:
+        StoreError: the shard is missing, cut short, or its chunk index is damaged.
+    """
+    key = shard_key(shard)
+    where = meta.place(key)
+    try:
+        path = meta.storage.local(key)
+        if path is not None:
+            kind = MappedShard if mapped else FileShard
+            return kind(meta, where, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        raw, size, tag = meta.storage.read_end(key, index_bytes(meta))
+        if cache is None:
+            return RangedShard(meta, where, raw)
+        return FileShard(meta, where, cache.open(f"{where}#{tag}", size, lambda path: _fetch(meta, key, path)))
+    except FileNotFoundError:
+        raise StoreError(f"shard {shard}: {where} is missing. {REPAIR}") from None
+
+
+class FileShard:
+    """A descriptor. Closes when nobody holds it: eviction spares a read at work."""
+
+    ranged = False
+
+    def __init__(self, meta: StoreMeta, where: str, descriptor: int) -> None:
+        self.where = where
+        self.descriptor = descriptor
+        size = os.fstat(descriptor).st_size
+        raw = os.pread(descriptor, index_bytes(meta), max(0, size - index_bytes(meta)))
+        self.offsets: list[int] = parse_index(meta, raw, where)[:, 0].tolist()
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+    def read(self, buffers: Buffers, offset: int) -> int:
+        return os.preadv(self.descriptor, buffers, offset)
+
+    def advise(self, offset: int, length: int) -> None:
+        os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+class MappedShard(FileShard):
+    """A descriptor and a map of the whole file: quickest where the file is in memory, slow where it is not."""
+
+    def __init__(self, meta: StoreMeta, where: str, descriptor: int) -> None:
+        super().__init__(meta, where, descriptor)
+        self._map = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+
+    def read(self, buffers: Buffers, offset: int) -> int:
+        done = 0
+        for buffer in buffers:
+            part = self._map[offset + done : offset + done + len(buffer)]
+            buffer[: len(part)] = part
+            done += len(part)
+        return done
+
+
+class RangedShard:
+    """An object that is read by ranges."""
+
+    ranged = True
+
+    def __init__(self, meta: StoreMeta, where: str, raw_index: bytes) -> None:
+        self.where = where
+        self.offsets: list[int] = parse_index(meta, raw_index, where)[:, 0].tolist()
+
+    def read(self, buffers: Buffers, offset: int) -> int:
+        raise AssertionError("the reader fetches ranges of a batch together")
+
+    def advise(self, offset: int, length: int) -> None:
+        pass
+
+
+def _fetch(meta: StoreMeta, key: str, path: Path) -> None:
+    """Copies a shard to the node, and checks every chunk of it."""
+    path.write_bytes(meta.storage.read(key))
+    if bad := [f"chunk {chunk}: {why}" for chunk, why in bad_chunks(meta, path)]:
+        raise StoreError(f"{meta.place(key)} is damaged ({bad[0]}). {REPAIR}")
