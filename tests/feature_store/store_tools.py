@@ -1,6 +1,7 @@
 """What the store's tests share: random features, a filled store, and what it must hold."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from feature_store.layout import create_store
 from feature_store.plan import PlannedVideo, plan_videos
 from feature_store.records import Provenance, VideoRecord
 from feature_store.snapshot import finalise
+from feature_store.storage import Root
 from feature_store.writer import ShardAttempt
 
 F = 32
@@ -25,7 +27,7 @@ def features(video_id: str, rows: int, width: int = F, salt: int = 0) -> np.ndar
     return np.random.default_rng(key).standard_normal((rows, width)).astype(np.float16)
 
 
-def write_shards(root: Path, corpus: dict[str, np.ndarray | None], workers: int = 1) -> None:
+def write_shards(root: Root, corpus: dict[str, np.ndarray | None], workers: int = 1) -> None:
     """Plans and commits every video (None: failed), until nothing is left to do."""
     videos = [PlannedVideo(video_id, f"videos/{video_id}.mp4") for video_id in corpus]
     while tasks := plan_videos(root, videos, workers):
@@ -45,7 +47,10 @@ def add_video(attempt: ShardAttempt, video: PlannedVideo, rows: np.ndarray | Non
     return attempt.add(record, rows)
 
 
-def make_store(root: Path, corpus: dict[str, np.ndarray | None], rows_per_shard: int = 1024) -> Path:
+AnyRoot = TypeVar("AnyRoot", str, Path)
+
+
+def make_store(root: AnyRoot, corpus: dict[str, np.ndarray | None], rows_per_shard: int = 1024) -> AnyRoot:
     """A finished store of a corpus."""
     create_store(root, provenance(), rows_per_shard)
     write_shards(root, corpus)

@@ -238,7 +238,6 @@ from pathlib import Path
 from tests.feature_store.store_tools import add_video, features
 from feature_store.plan import PlannedVideo, plan_videos
 from feature_store.snapshot import finalise, snapshot_names
-from feature_store.storage import SCRATCH
 from feature_store.writer import ShardAttempt, shard_done
 root, salt, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 videos = [PlannedVideo(f"video-{k}", "") for k in range(count)]

@@ -168,9 +168,9 @@ def test_two_hundred_flipped_bits(narrated: Path, corpus: Corpus, tmp_path: Path
         try:
             reader = FeatureReader(narrated, "always")
             found = {reader.index.video_id(v): reader.read(v) for v in range(reader.index.num_videos)}
-        except (StoreError, ValueError, IndexError, UnicodeDecodeError):
+        except StoreError:
             found = {}
-        assert all(np.array_equal(rows, corpus.get(i)) for i, rows in found.items() if path.parts[-4:-3] != ("index",))
+        assert all(np.array_equal(rows, corpus.get(i)) for i, rows in found.items()), path
         path.write_bytes(data)
     assert not verify_store(narrated, deep=True).problems
 

@@ -1,0 +1,234 @@
+"""feature_store.storage: what the store asks of its place, of a folder and of a bucket alike."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from feature_store.files import seal
+from feature_store.node_cache import ShardCache
+from feature_store.storage import SCRATCH, Storage, open_storage
+from vlm_dist.errors import ConfigError, StoreError
+
+ROUNDS, CALLERS = 25, 16
+
+
+@pytest.fixture
+def storage(place: str) -> Storage:
+    """A prepared place of each kind."""
+    storage = open_storage(place)
+    storage.prepare(("a", "a/b", SCRATCH))
+    return storage
+
+
+def test_addresses(tmp_path: Path, bucket: str) -> None:
+    assert open_storage(f"{bucket}/x/").address == f"{bucket}/x"
+    assert open_storage(Path(f"{bucket}/x")).address == f"{bucket}/x"  # a Path leaves one slash
+    assert open_storage(open_storage(tmp_path).address) == open_storage(tmp_path)
+    with pytest.raises(ConfigError, match="s3://bucket/prefix"):
+        open_storage("s3://")
+    with pytest.raises(ConfigError, match="folder or at s3://"):
+        open_storage("gs://bucket/x")
+
+
+def test_objects(storage: Storage) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.read("a/x")
+    assert storage.size("a/x") is None
+    storage.replace("a/x", b"first")
+    storage.replace("a/x", b"second")
+    assert storage.read("a/x") == b"second"
+    assert storage.size("a/x") == 6
+    storage.replace("a/b/y", b"deep")
+    assert storage.names("a") == ["b", "x"]
+    assert storage.names("nowhere") == []
+    assert storage.sizes("a") == {"a/x": 6, "a/b/y": 4}
+    keys = [f"many/{number}" for number in range(40)]
+    for number, key in enumerate(keys):
+        storage.replace(key, str(number).encode())
+    assert list(storage.read_many(keys)) == [str(number).encode() for number in range(40)]
+    ranges = [("a/x", 1, 3), ("a/b/y", 0, 4), ("a/x", 4, 10)]
+    assert list(storage.read_ranges(ranges)) == [b"eco", b"deep", b"nd"]
+    assert list(storage.read_ranges(ranges[:1])) == [b"eco"]
+    end, size, tag = storage.read_end("a/x", 2)
+    assert (end, size) == (b"nd", 6)
+    storage.replace("a/x", b"others")
+    assert storage.read_end("a/x", 2)[2] != tag
+    storage.remove("a")
+    storage.remove("a")
+    assert storage.sizes("a") == {}
+
+
+def test_creation_is_exclusive(storage: Storage) -> None:
+    """Whatever the race, one caller of each round is told that it was the one, and its bytes are what is there."""
+    with ThreadPoolExecutor(CALLERS) as pool:
+        for number in range(ROUNDS):
+            data = [f"{number} {caller} ".encode() * 500 for caller in range(CALLERS)]
+            won = list(pool.map(lambda part, number=number: storage.create(f"a/{number}", part), data))
+            assert won.count(True) == 1
+            assert storage.read(f"a/{number}") == data[won.index(True)]
+
+
+def test_a_creation_that_is_asked_for_twice_is_still_its_own(storage: Storage) -> None:
+    """The answer may be lost and the request repeated: on a bucket the second answer must not make a loser of it."""
+    assert storage.create("a/x", b"mine")
+    assert storage.create("a/x", b"mine") == (storage.local("") is None)
+    assert not storage.create("a/x", b"other")
+
+
+def test_a_creation_with_a_guard(storage: Storage) -> None:
+    storage.replace("a/b/guard", b"")
+    assert storage.create("a/x", b"x", guard="a/b/guard")
+    storage.remove("a/b")
+    with pytest.raises(FileNotFoundError):
+        storage.create("a/y", b"y", guard="a/b/guard")
+    assert storage.size("a/y") is None
+
+
+def test_swap(storage: Storage) -> None:
+    assert not storage.swap("CURRENT", b"1", b"2")
+    assert storage.swap("CURRENT", None, b"1")
+    assert not storage.swap("CURRENT", None, b"2")
+    assert not storage.swap("CURRENT", b"0", b"2")
+    assert storage.swap("CURRENT", b"1", b"2")
+    assert storage.read("CURRENT") == b"2"
+
+
+def test_swaps_on_a_bucket_are_never_lost(bucket: str) -> None:
+    storage = open_storage(f"{bucket}/counter")
+    storage.replace("n", b"0")
+
+    def count(_: int) -> None:
+        while True:
+            now = storage.read("n")
+            if storage.swap("n", now, str(int(now) + 1).encode()):
+                return
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(count, range(40)))
+    assert storage.read("n") == b"40"
+
+
+def test_moves(storage: Storage) -> None:
+    storage.replace("a/x", b"x")
+    assert storage.move("a/x", "c/d/y")
+    assert not storage.move("a/x", "c/d/y")
+    assert storage.read("c/d/y") == b"x"
+    assert storage.size("a/x") is None
+
+
+def test_files_and_folders_are_published_whole(storage: Storage) -> None:
+    staged = storage.scratch("attempt")
+    (staged / "shard").write_bytes(b"rows" * 1000)
+    storage.upload(staged / "shard", f"{SCRATCH}/attempt/shard")
+    assert storage.move(f"{SCRATCH}/attempt/shard", "c/0/0")
+    assert storage.read("c/0/0") == b"rows" * 1000
+    empty = storage.scratch("empty")
+    (empty / "shard").touch()
+    storage.upload(empty / "shard", f"{SCRATCH}/empty/shard")
+    assert storage.size(f"{SCRATCH}/empty/shard") == 0
+
+    def publish(caller: int) -> bool:
+        folder = storage.scratch(f"tree-{caller}")
+        (folder / "inner").mkdir()
+        for name in ("one", "inner/two"):
+            (folder / name).write_bytes(f"{name} of {caller}".encode())
+        return storage.publish(folder, "index/000001")
+
+    with pytest.raises(FileNotFoundError):
+        storage.tree("index/000001")
+    storage.prepare(("index",))
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(publish, range(8)))
+    assert won.count(True) == 1
+    assert [name for name in storage.names("index") if name.isdigit()] == ["000001"]
+    tree = storage.tree("index/000001")
+    assert (tree / "inner/two").read_text() == f"inner/two of {won.index(True)}"
+    assert (tree / "one").read_text() == f"one of {won.index(True)}"
+    assert storage.move("index/000001", "voided/snapshot-000001")
+    with pytest.raises(FileNotFoundError):
+        storage.tree("index/000001")
+    assert (storage.tree("voided/snapshot-000001") / "one").read_text() == f"one of {won.index(True)}"
+
+
+def test_a_damaged_object_of_a_published_folder_is_named(bucket: str) -> None:
+    storage = open_storage(f"{bucket}/store")
+    folder = storage.scratch("tree")
+    (folder / "column").write_bytes(bytes(100))
+    assert storage.publish(folder, "index/000001")
+    (key,) = (key for key in storage.sizes("index") if key.endswith("/column"))
+    storage.tree("index/000001")
+    storage.replace(key, bytes(99) + b"\1")
+    storage.tree("index/000001")  # what this node keeps is whole
+    with pytest.raises(StoreError, match="column is damaged"):
+        storage.tree("index/000001", fresh=True)
+    storage.replace("index/000001/LOCATION", seal({"folder": "x", "files": {}})[:-5])
+    with pytest.raises(StoreError, match="LOCATION is damaged"):
+        storage.tree("index/000001")
+
+
+def test_a_bucket_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
+    with pytest.raises((StoreError, FileNotFoundError)):
+        open_storage("s3://no-such-bucket/x").replace("a", b"")
+
+
+def test_a_forked_process_is_told_instead_of_hanging(bucket: str) -> None:
+    storage = open_storage(f"{bucket}/store")
+    storage.replace("a", b"a")
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        try:
+            storage.read("a")
+        except StoreError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert "spawn or forkserver" in pipe.read()
+    os.wait()
+    assert storage.read("a") == b"a"
+
+
+def test_the_node_keeps_shards_within_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_DIST_CACHE_DIR", str(tmp_path))
+    cache = ShardCache(2500)
+    filled: list[str] = []
+
+    def get(tag: str) -> bytes:
+        def fill(path: Path) -> None:
+            filled.append(tag)
+            path.write_bytes(tag.encode() * 1000)
+
+        descriptor = cache.open(tag, 1000, fill)
+        try:
+            return os.pread(descriptor, 2000, 0)
+        finally:
+            os.close(descriptor)
+
+    for number, tag in enumerate("abab"):
+        assert get(tag) == tag.encode() * 1000
+        for path in cache.folder.iterdir():  # clocks of file systems are coarse
+            os.utime(path, (number, os.stat(path).st_mtime - 100))
+    assert filled == ["a", "b"]
+    get("a")
+    get("c")
+    assert sum(path.stat().st_size for path in cache.folder.iterdir()) == 2000
+    get("a")
+    assert filled == ["a", "b", "c"]
+    get("b")
+    assert filled == ["a", "b", "c", "b"]
+
+
+def test_a_fill_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_DIST_CACHE_DIR", str(tmp_path))
+    cache = ShardCache(2500)
+
+    def fill(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise StoreError("damaged")
+
+    with pytest.raises(StoreError, match="damaged"):
+        cache.open("a", 1000, fill)
+    assert list(cache.folder.iterdir()) == []
