@@ -25,9 +25,10 @@ from feature_store.layout import open_store, scratch_name
 from feature_store.records import clean_text
 from feature_store.snapshot import (
     Captions,
-    VideoColumns,
+    Draft,
     finalise,
     snapshot_captions,
+    snapshot_marks,
     snapshot_videos,
     update_snapshot,
 )
@@ -166,7 +167,7 @@ class _Builder:
         self.scratch, self.new, self.tokenizer, self.cfg, self.details = scratch, new, tokenizer, cfg, details
         self.calls = 0
 
-    def __call__(self, parent: StoreIndex | None) -> tuple[VideoColumns, Captions]:
+    def __call__(self, parent: StoreIndex | None) -> Draft:
         assert parent is not None, "finalise has made one"
         self.calls += 1
         folder = self.scratch / str(self.calls)
@@ -186,7 +187,8 @@ class _Builder:
         details: dict[str, Any] = {**self.details, **settings, "config": self.cfg.model_dump(mode="json")}
         details["no_text"] += empty
         tables: list[Table] = [table, *(old.tables if keep else ())]
-        return snapshot_videos(parent), Captions(tables, folder / "tokenizer", dtype, details)
+        made = Captions(tables, folder / "tokenizer", dtype, details)
+        return Draft(snapshot_videos(parent), made, snapshot_marks(parent))
 
 
 def _read_file(folder: Path, file: Path, cfg: CaptionConfig) -> tuple[list[Table], Counter[str]]:

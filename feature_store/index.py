@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from feature_store.arrays import check_column, open_column
+from feature_store.arrays import ArrayInfo, check_column, open_column
 from feature_store.caption_table import CaptionTable, VideoCaptions, unpack_ids
 from feature_store.files import crc32c, unseal
 from feature_store.layout import CURRENT, SNAPSHOTS, StoreMeta, open_store
@@ -50,7 +50,8 @@ class StoreIndex:
         try:
             self.folder = self.meta.storage.tree(f"{SNAPSHOTS}/{self.name}", fresh)
             path = self.folder / "snapshot.json"
-            self.details: dict[str, Any] = unseal(path.read_bytes(), path)
+            # Snapshots of schema 1 have no marks.
+            self.details: dict[str, Any] = {"deleted": {}, "splits": {}} | unseal(path.read_bytes(), path)
         except FileNotFoundError:
             raise StoreError(
                 f"{root} has no index snapshot {self.name}; run `vlm-dist store verify --repair` on it"
@@ -149,6 +150,32 @@ class StoreIndex:
         folder = self.folder / "pending"
         raw, ptr = (open_column(folder, name, arrays[name]) for name in ("video_id", "video_id_ptr"))
         return unpack_ids(raw, ptr), CaptionTable.open(folder, arrays)
+
+    def deleted(self) -> list[bytes]:
+        """Ids of the videos that were deleted from this snapshot; their rows stay where they are."""
+        return self._marked("deleted", self.details["deleted"])
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits."""
+        return sorted(self.details["splits"])
+
+    def split_ids(self, name: str) -> list[bytes]:
+        """Ids of a named split, sorted; they need not be in the store (yet).
+
+        Raises:
+            StoreError: there is no such split; those that are there are named.
+        """
+        if name not in self.details["splits"]:
+            there = ", ".join(self.splits) or "none"
+            raise StoreError(f"{self.meta.root} has no split {name!r} (there is: {there}); make it with `store split`")
+        return self._marked(f"splits/{name}", self.details["splits"][name])
+
+    def _marked(self, folder: str, arrays: dict[str, ArrayInfo]) -> list[bytes]:
+        if not arrays:
+            return []
+        raw, ptr = (open_column(self.folder / folder, name, arrays[name]) for name in ("video_id", "video_id_ptr"))
+        return unpack_ids(raw, ptr)
 
     def _id_bytes(self, video: int) -> bytes:
         return self._ids[self._id_ptr[video] : self._id_ptr[video + 1]].tobytes()

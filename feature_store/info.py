@@ -3,10 +3,12 @@
 from collections import Counter
 from typing import Any
 
+import numpy as np
+
 from feature_store.captions import caption_report
 from feature_store.commit import committed_shards, iter_commits
 from feature_store.index import StoreIndex, current_snapshot
-from feature_store.layout import open_store
+from feature_store.layout import StoreMeta, open_store
 from feature_store.plan import planned_shards, read_plan
 from feature_store.records import VideoRecord
 from feature_store.storage import Root
@@ -15,30 +17,27 @@ from feature_store.storage import Root
 def store_info(root: Root) -> dict[str, Any]:
     """Counts, coverage, provenance and identity of a store, as plain JSON values.
 
-    `videos` counts ids: planned = ok + failed + open. Hours, rows, clips and tokens are those of the current snapshot;
-    where there is none yet, they are 0 and `snapshot` is None.
+    `videos` counts ids: planned = ok + failed + open + deleted. `bytes` and `shards` are those of the commit records;
+    rows, hours, clips and tokens those of the current snapshot, 0 where there is none yet.
     """
     meta = open_store(root)
-    planned = {video.video_id for segment in read_plan(meta) for task in segment.tasks for video in task.videos}
-    failed = failures(root)
-    reasons = Counter(record.reason for record in failed)
     index = StoreIndex(root) if current_snapshot(meta) else None
-    ok: set[str] = set()
-    rows = size = 0
-    for commit in iter_commits(meta):
-        size += commit.size
-        rows += commit.rows
-        ok.update(record.video_id for record in commit.videos if record.status == "ok")
-    broken = {record.video_id for record in failed if record.reason != "duplicate"}
+    planned = {video.video_id for segment in read_plan(meta) for task in segment.tasks for video in task.videos}
+    deleted = {video_id.decode() for video_id in index.deleted()} if index else set[str]()
+    ok, failed, size = _committed(meta)
+    repeated = _repeated(meta)
+    reasons = Counter(record.reason for record in [*failed.values(), *repeated])
     row_s = meta.provenance.window / meta.provenance.fps
+    rows = int(index.n_rows.sum(dtype=np.int64)) if index else 0
     captions = caption_report(index, changed=False) if index and index.tokenizer_dir else None
     return {
         "path": str(root),
         "videos": {
             "planned": len(planned | ok),
-            "ok": len(ok),
-            "failed": len(broken),
-            "open": len(planned - ok - broken),
+            "ok": len(ok - deleted),
+            "failed": len(failed),
+            "open": len(planned - ok - failed.keys()),
+            "deleted": len(deleted),
         },
         "coverage": len(ok) / max(1, len(planned | ok)),
         "failures": dict(reasons.most_common()),
@@ -55,6 +54,7 @@ def store_info(root: Root) -> dict[str, Any]:
         "videos_with_captions": captions.videos_with_captions if captions else 0,
         "captions_without_video": captions.captions_without_video if captions else 0,
         "tokenizer": {"pieces": captions.tokenizer_pieces, "sha256": captions.tokenizer_sha256} if captions else None,
+        "splits": {name: len(index.split_ids(name)) for name in index.splits} if index else {},
         "provenance": meta.provenance.model_dump(mode="json"),
         "fingerprint": index.fingerprint if index else None,
         "snapshot": index.name if index else None,
@@ -64,15 +64,24 @@ def store_info(root: Root) -> dict[str, Any]:
 def failures(root: Root) -> list[VideoRecord]:
     """Videos that have no features, by id: those whose every attempt failed, and inputs that repeated an id."""
     meta = open_store(root)
-    failed: dict[str, VideoRecord] = {}
+    _, failed, _ = _committed(meta)
+    return sorted([*failed.values(), *_repeated(meta)], key=lambda record: record.video_id)
+
+
+def _committed(meta: StoreMeta) -> tuple[set[str], dict[str, VideoRecord], int]:
+    """Ids with features, the last record of each id that has none, and the bytes of all shards."""
     ok: set[str] = set()
+    failed: dict[str, VideoRecord] = {}
+    size = 0
     for commit in iter_commits(meta):
-        for record in commit.videos:
-            if record.status == "ok":
-                ok.add(record.video_id)
-            elif record.status == "failed":
-                failed[record.video_id] = record
-    repeated = [
+        size += commit.size
+        ok.update(record.video_id for record in commit.videos if record.status == "ok")
+        failed.update((record.video_id, record) for record in commit.videos if record.status == "failed")
+    return ok, {video_id: record for video_id, record in failed.items() if video_id not in ok}, size
+
+
+def _repeated(meta: StoreMeta) -> list[VideoRecord]:
+    return [
         VideoRecord(
             video_id=video.video_id,
             path=video.path,
@@ -83,5 +92,3 @@ def failures(root: Root) -> list[VideoRecord]:
         for segment in read_plan(meta)
         for video in segment.duplicates
     ]
-    listed = [record for video_id, record in failed.items() if video_id not in ok]
-    return sorted([*listed, *repeated], key=lambda record: record.video_id)

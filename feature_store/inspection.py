@@ -205,7 +205,9 @@ class Inspection:
                 self._report("captions", f"{where} {part}".strip(), wrong)
         if not self.deep:
             return
-        for part, arrays in (("", index.details["arrays"]), ("pending", index.details["pending"])):
+        marks = {f"splits/{name}": arrays for name, arrays in index.details["splits"].items()}
+        parts = {name: index.details[name] for name in ("arrays", "pending", "deleted")} | marks
+        for part, arrays in (("" if name == "arrays" else name, arrays) for name, arrays in parts.items()):
             for name, info in arrays.items():
                 if check_column(index.folder / part, name, info):
                     continue

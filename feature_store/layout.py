@@ -23,7 +23,7 @@ from feature_store.records import Provenance
 from feature_store.storage import SCRATCH, Root, Storage, open_storage
 from vlm_dist.errors import StoreError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CHUNK_ROWS = 256
 MAX_SHARD_BYTES = 64 << 20
 CRC_BYTES = 4
@@ -128,10 +128,10 @@ def open_store(root: Root) -> StoreMeta:
     except (ValueError, KeyError, TypeError):
         raise StoreError(f"{root} is not a feature store: its zarr.json is not one that vlm-dist wrote") from None
     if version != SCHEMA_VERSION:
-        other = "a newer vlm-dist" if isinstance(version, int) and version > SCHEMA_VERSION else "an older vlm-dist"
+        older = isinstance(version, int) and 1 <= version < SCHEMA_VERSION
+        advice = f"type `vlm-dist store migrate {root}`" if older else "open it with the vlm-dist that made it"
         raise StoreError(
-            f"{root} has schema version {version}, and this vlm-dist reads version {SCHEMA_VERSION}: "
-            f"open it with {other}, or extract into a new folder"
+            f"{root} has schema version {version}, and this vlm-dist reads version {SCHEMA_VERSION}: {advice}"
         )
     try:
         if attributes["vlm_dist_crc32c"] != _attributes_crc(store):
@@ -193,11 +193,17 @@ def _attributes_crc(store: dict[str, Any]) -> str:
 
 
 def _group_json(rows_per_shard: int, provenance: Provenance) -> bytes:
-    store = {
-        "schema_version": SCHEMA_VERSION,
-        "rows_per_shard": rows_per_shard,
-        "provenance": provenance.model_dump(mode="json"),
-    }
+    return group_json(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "rows_per_shard": rows_per_shard,
+            "provenance": provenance.model_dump(mode="json"),
+        }
+    )
+
+
+def group_json(store: dict[str, Any]) -> bytes:
+    """The store's own zarr.json: a Zarr v3 group whose attributes say what the store is, under a checksum."""
     attributes = {"vlm_dist": store, "vlm_dist_crc32c": _attributes_crc(store)}
     return json.dumps({**_GROUP, "attributes": attributes}, indent=2).encode()
 

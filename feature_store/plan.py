@@ -70,7 +70,9 @@ def read_plan(meta: StoreMeta) -> list[Segment]:
     return segments
 
 
-def plan_videos(root: Root, videos: Sequence[PlannedVideo], workers: int) -> list[ShardTask]:
+def plan_videos(
+    root: Root, videos: Sequence[PlannedVideo], workers: int, retry_failed: bool = False
+) -> list[ShardTask]:
     """Plans the videos that the store does not know yet, in one new segment, and says what is left to do.
 
     Videos that overflowed their shard, or that a committed shard has no record of, are planned again too: call this
@@ -81,6 +83,7 @@ def plan_videos(root: Root, videos: Sequence[PlannedVideo], workers: int) -> lis
         videos: may repeat what is planned or committed already. Of several files with one id the first counts, in
             this call or an earlier one; each further one is recorded with the plan (reason `duplicate` in `failures`).
         workers: shards hold at most 168 videos, and fewer where each worker would else have less than 4 shards.
+        retry_failed: plan the videos that failed again as well, each from the path given now or else the planned one.
 
     Returns:
         Every task, of this and older segments, whose shard is not committed. A video's path is the one given now, or
@@ -91,7 +94,7 @@ def plan_videos(root: Root, videos: Sequence[PlannedVideo], workers: int) -> lis
         segments = read_plan(meta)
         tasks = [task for segment in segments for task in segment.tasks]
         given, repeated = _first_and_further(videos, tasks)
-        new = _unplanned(meta, tasks, given)
+        new = _unplanned(meta, tasks, given, retry_failed)
         duplicates = _unrecorded(segments, repeated)
         if not new and not duplicates:
             break
@@ -105,7 +108,7 @@ def plan_videos(root: Root, videos: Sequence[PlannedVideo], workers: int) -> lis
     return [_with_paths(task, given) for task in tasks if task.shard not in done]
 
 
-def anything_to_do(root: Root, videos: Sequence[PlannedVideo]) -> bool:
+def anything_to_do(root: Root, videos: Sequence[PlannedVideo], retry_failed: bool = False) -> bool:
     """Whether `plan_videos` would return tasks or record a further duplicate; changes nothing."""
     meta = open_store(root)
     segments = read_plan(meta)
@@ -115,7 +118,7 @@ def anything_to_do(root: Root, videos: Sequence[PlannedVideo]) -> bool:
     return (
         any(task.shard not in done for task in tasks)
         or bool(_unrecorded(segments, repeated))
-        or bool(_unplanned(meta, tasks, given))
+        or bool(_unplanned(meta, tasks, given, retry_failed))
     )
 
 
@@ -160,20 +163,29 @@ def _unrecorded(segments: Sequence[Segment], repeated: Counter[PlannedVideo]) ->
     return tuple((repeated - known).elements())
 
 
-def _unplanned(meta: StoreMeta, tasks: Sequence[ShardTask], given: dict[str, str]) -> list[PlannedVideo]:
-    """Videos that need a (further) place: new ones, and those that their committed shard did not take."""
+def _unplanned(
+    meta: StoreMeta, tasks: Sequence[ShardTask], given: dict[str, str], retry_failed: bool
+) -> list[PlannedVideo]:
+    """Videos that need a (further) place: new ones, those that their committed shard did not take, those to retry."""
     waiting = {video.video_id: (task.shard, video.path) for task in tasks for video in task.videos}
     planned = set(waiting)
     settled: set[str] = set()
-    missing: set[str] = set()
+    failed: dict[str, str] = {}  # reason of the last try, where none went well
+    done: set[str] = set()
     committed: set[int] = set()
     for commit in iter_commits(meta):
         committed.add(commit.shard)
-        settled.update(record.video_id for record in commit.videos if record.status != "overflow")
-        missing.update(record.video_id for record in commit.videos if record.reason == "missing")
-        missing.difference_update(record.video_id for record in commit.videos if record.reason != "missing")
+        for record in commit.videos:
+            if record.status == "ok":
+                failed.pop(record.video_id, None)
+                done.add(record.video_id)
+            elif record.status == "failed" and record.video_id not in done:
+                failed[record.video_id] = record.reason
+            if record.status != "overflow":
+                settled.add(record.video_id)
     # A file that was not there (a disk that was not mounted) has its turn once it is.
-    settled -= {video_id for video_id in missing if Path(given.get(video_id, "")).is_file()}
+    there = (i for i, reason in failed.items() if reason == "missing" and Path(given.get(i, "")).is_file())
+    settled -= failed.keys() if retry_failed else set(there)
     again = [
         PlannedVideo(video_id, given.get(video_id, path))
         for video_id, (shard, path) in waiting.items()

@@ -9,10 +9,10 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -48,6 +48,19 @@ class VideoColumns:
             and all(np.array_equal(a, b) for a, b in (*columns, (self.crc32c, other.crc32c)))
         )
 
+    def without(self, ids: Collection[bytes]) -> Self:
+        """The videos that are not among these."""
+        if not ids:
+            return self
+        gone = set(ids)
+        keep = np.fromiter((video_id not in gone for video_id in self.ids), np.bool_, len(self.ids))
+        columns = (self.shard, self.row, self.n_rows, self.crc32c)
+        return type(self)(
+            [video_id for video_id, kept in zip(self.ids, keep, strict=True) if kept],
+            *(column[keep] for column in columns),
+            failed=self.failed,
+        )
+
 
 @dataclass(frozen=True)
 class Captions:
@@ -57,6 +70,23 @@ class Captions:
     tokenizer: Path | None = None
     token_dtype: str = "uint16"
     details: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is said of videos by id: which are deleted, and which make a named split."""
+
+    deleted: Sequence[bytes] = ()
+    splits: Mapping[str, Sequence[bytes]] = field(default_factory=dict[str, Sequence[bytes]])
+
+
+@dataclass(frozen=True)
+class Draft:
+    """All that a snapshot is to hold."""
+
+    videos: VideoColumns
+    captions: Captions
+    marks: Marks
 
 
 def finalise(root: Root) -> str:
@@ -72,18 +102,20 @@ def finalise(root: Root) -> str:
     """
     meta = open_store(root)
 
-    def build(parent: StoreIndex | None) -> tuple[VideoColumns, Captions] | None:
-        videos = committed_videos(meta)  # after the parent was chosen, so that it holds all that the parent does
+    def build(parent: StoreIndex | None) -> Draft | None:
+        marks = snapshot_marks(parent)
+        # Read after the parent was chosen, so that it holds all that the parent does.
+        videos = committed_videos(meta).without(marks.deleted)
         if parent and videos.same(snapshot_videos(parent)):
             return None
-        return videos, snapshot_captions(parent)
+        return Draft(videos, snapshot_captions(parent), marks)
 
     name = update_snapshot(meta, build)
     sweep_staging(meta)
     return name
 
 
-def update_snapshot(meta: StoreMeta, build: Callable[[StoreIndex | None], tuple[VideoColumns, Captions] | None]) -> str:
+def update_snapshot(meta: StoreMeta, build: Callable[[StoreIndex | None], Draft | None]) -> str:
     """Writes what `build` makes of the newest snapshot as the next one; None keeps the newest."""
     while True:
         name = f"{_last_number(meta) + 1:06d}"  # before the parent is chosen: a snapshot in between takes this number
@@ -94,8 +126,8 @@ def update_snapshot(meta: StoreMeta, build: Callable[[StoreIndex | None], tuple[
             return newest
         staged = meta.storage.scratch(scratch_name("snapshot"))
         try:
-            with disk_guard(staged, _size(*draft)):
-                _write(meta, staged, newest, *draft)
+            with disk_guard(staged, _size(draft)):
+                _write(meta, staged, newest, draft)
                 published = meta.storage.publish(staged, f"{SNAPSHOTS}/{name}")
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -165,8 +197,16 @@ def snapshot_captions(index: StoreIndex | None) -> Captions:
     return Captions(tables, index.tokenizer_dir, index.tokens.dtype.name, index.details["captions"])
 
 
-def _write(meta: StoreMeta, folder: Path, parent: str, videos: VideoColumns, captions: Captions) -> None:
+def snapshot_marks(index: StoreIndex | None) -> Marks:
+    """What a snapshot says of videos by id, to be carried over."""
+    if index is None:
+        return Marks()
+    return Marks(index.deleted(), {name: index.split_ids(name) for name in index.splits})
+
+
+def _write(meta: StoreMeta, folder: Path, parent: str, draft: Draft) -> None:
     """Writes a whole snapshot, durably, into a folder of its own."""
+    videos, captions = draft.videos, draft.captions
     group = json.dumps({"zarr_format": 3, "node_type": "group"}).encode()
     (folder / "pending").mkdir()
     write_durable(folder / "zarr.json", group)
@@ -206,6 +246,9 @@ def _write(meta: StoreMeta, folder: Path, parent: str, videos: VideoColumns, cap
     else:
         (folder / "pending").rmdir()
 
+    deleted = _write_marks(folder, "deleted", draft.marks.deleted) if draft.marks.deleted else {}
+    splits = {name: _write_marks(folder, f"splits/{name}", ids) for name, ids in draft.marks.splits.items()}
+
     details = dict(captions.details)
     if captions.tokenizer:
         shutil.copytree(captions.tokenizer, folder / "tokenizer")
@@ -217,6 +260,8 @@ def _write(meta: StoreMeta, folder: Path, parent: str, videos: VideoColumns, cap
         "parent": parent or None,
         "arrays": arrays,
         "pending": pending,
+        "deleted": deleted,
+        "splits": splits,
         "failed": videos.failed,
         "captions": details,
         "fingerprint": _fingerprint(meta, arrays, details.get("tokenizer_sha256", "")),
@@ -227,6 +272,15 @@ def _write(meta: StoreMeta, folder: Path, parent: str, videos: VideoColumns, cap
 
 def _has_captions(table: CaptionTable, row: int) -> bool:
     return bool(table.clip_ptr[row + 1] > table.clip_ptr[row])
+
+
+def _write_marks(folder: Path, name: str, ids: Sequence[bytes]) -> dict[str, ArrayInfo]:
+    """The ids of a mark in a folder of their own."""
+    (folder / name).mkdir(parents=True)
+    arrays = _write_ids(folder / name, ids)
+    for path in (folder / name, (folder / name).parent):
+        fsync_dir(path)
+    return arrays
 
 
 def _write_ids(folder: Path, ids: Sequence[bytes]) -> dict[str, ArrayInfo]:
@@ -250,7 +304,8 @@ def _last_number(meta: StoreMeta) -> int:
     return max(map(int, [*snapshot_names(meta), *gone]), default=0)
 
 
-def _size(videos: VideoColumns, captions: Captions) -> int:
+def _size(draft: Draft) -> int:
     """Bytes that a snapshot needs, roughly: its columns, and a block for each of its files and folders."""
-    columns = (column for _, table in captions.tables for column in (table.clip_start_ms, table.tokens, table.text))
+    videos, tables = draft.videos, draft.captions.tables
+    columns = (column for _, table in tables for column in (table.clip_start_ms, table.tokens, table.text))
     return sum(map(len, videos.ids)) + 64 * len(videos.ids) + 4 * sum(column.nbytes for column in columns) + 64 * 4096

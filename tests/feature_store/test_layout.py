@@ -52,14 +52,16 @@ def test_folders_that_are_no_stores(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "thesis.tex"]
 
 
-@pytest.mark.parametrize(("version", "who"), [(99, "a newer vlm-dist"), (0, "an older vlm-dist")])
-def test_another_schema_version_says_both(tmp_path: Path, version: int, who: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "advice"), [(99, "that made it"), (0, "that made it"), (1, "store migrate")]
+)
+def test_another_schema_version_says_what_to_do(tmp_path: Path, version: int, advice: str) -> None:
     create_store(tmp_path, provenance())
     path = tmp_path / "zarr.json"
     group = json.loads(path.read_text())
     group["attributes"]["vlm_dist"] = {"schema_version": version, "unheard": "of"}
     path.write_text(json.dumps(group))
-    with pytest.raises(StoreError, match=f"schema version {version}, and this vlm-dist reads version 1: .*{who}"):
+    with pytest.raises(StoreError, match=f"schema version {version}, and this vlm-dist reads version 2: .*{advice}"):
         open_store(tmp_path)
 
 

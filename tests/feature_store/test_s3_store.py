@@ -125,9 +125,9 @@ def test_captions_and_appending(remote: str, corpus: Corpus, tmp_path: Path) -> 
 def test_damage_is_found_and_mended(remote: str, corpus: Corpus) -> None:
     storage = open_storage(remote)
     FeatureReader(remote, "always", cache_bytes=1 << 30).read(0)
-    keys = [
-        key for key in storage.sizes("") if "/c/" in key or key.startswith(("_commits", "_plan")) or key == "CURRENT"
-    ]
+    kinds = ("features/c", "index", "_commits", "_plan")
+    ends = ("/0", "LOCATION", "snapshot.json", "00.json", "01.json")
+    keys = [CURRENT, *(key for kind in kinds for key in storage.sizes(kind) if key.endswith(ends))]
     for number, key in enumerate(sorted(keys)):
         data = bytearray(storage.read(key))
         at = (number * 7919) % len(data)

@@ -185,7 +185,7 @@ def test_info_and_failures(narrated: Path, corpus: Corpus) -> None:
     info = store_info(narrated)
     assert json.loads(json.dumps(info)) == info
     rows = sum(len(rows) for rows in corpus.values() if rows is not None)
-    assert info["videos"] == {"planned": 31, "ok": 30, "failed": 1, "open": 0}
+    assert info["videos"] == {"planned": 31, "ok": 30, "failed": 1, "open": 0, "deleted": 0}
     assert (info["rows"], info["hours"], info["failures"]) == (rows, rows / 3600, {"corrupt": 1})
     index = StoreIndex(narrated)
     assert (info["clips"], info["tokens"], info["snapshot"]) == (index.num_clips, index.num_tokens, index.name)
@@ -211,5 +211,5 @@ def test_a_shard_that_is_done_again_settles_a_failure(store: Path, corpus: Corpu
     finalise(store)
     reader = FeatureReader(store, "always")
     assert np.array_equal(reader.read(reader.index.find("broken")), features("broken", 9))
-    assert store_info(store)["videos"] == {"planned": 31, "ok": 31, "failed": 0, "open": 0}
+    assert store_info(store)["videos"] == {"planned": 31, "ok": 31, "failed": 0, "open": 0, "deleted": 0}
     assert not verify_store(store, deep=True).problems
