@@ -52,9 +52,7 @@ def test_folders_that_are_no_stores(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "thesis.tex"]
 
 
-@pytest.mark.parametrize(
-    ("version", "advice"), [(99, "that made it"), (0, "that made it"), (1, "store migrate")]
-)
+@pytest.mark.parametrize(("version", "advice"), [(99, "that made it"), (0, "that made it"), (1, "store migrate")])
 def test_another_schema_version_says_what_to_do(tmp_path: Path, version: int, advice: str) -> None:
     create_store(tmp_path, provenance())
     path = tmp_path / "zarr.json"
