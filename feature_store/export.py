@@ -5,7 +5,6 @@ came from: `store import` of such a folder gives the same ids, bits and provenan
 """
 
 import json
-import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,15 +56,15 @@ def open_export(folder: Path, index: StoreIndex) -> None:
 
 @contextmanager
 def published(path: Path) -> Generator[Path]:
-    """A hidden name to write to, which becomes `path` at once when the block is through."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A hidden name to write to, which becomes `path` at once when the block is through.
+
+    After a kill it is there still, and the next export of this path writes over it.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
     with disk_guard(path, 1 << 16):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        yield temporary
+        temporary.replace(path)
 
 
 def export_npy(root: Path, folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> ExportSummary:

@@ -8,7 +8,7 @@ that cannot be a feature is recorded with its reason and stops nothing.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -84,9 +84,7 @@ def import_arrays(
         StoreError: the store is of another provenance, a damaged store, a full disk, or no array at all is usable.
     """
     start = time.monotonic()
-    provenance, rules = _prepare(root, sources, cfg, weights)
-    meta = create_store(root, provenance, cfg.rows_per_shard)
-    rules = RowRules(rules.width, meta.rows_per_shard, rules.unit, rules.normalise, rules.project)
+    rules = prepare_store(root, sources, cfg, weights)
     finalise(root)  # publishes what an interrupted import had committed
     mine = {video.path for video in sources.videos}
     state = ImportState()
@@ -107,9 +105,11 @@ def import_arrays(
     return state
 
 
-def check_store(root: Path, sources: ArraySources, cfg: ImportConfig, weights: Path | None) -> None:
-    """Refuse to go on with a store of another provenance; StoreError names what differs."""
-    create_store(root, _prepare(root, sources, cfg, weights)[0], cfg.rows_per_shard)
+def prepare_store(root: Path, sources: ArraySources, cfg: ImportConfig, weights: Path | None) -> RowRules:
+    """Make the store for an import, or refuse to go on with one of another provenance; see `import_arrays`."""
+    provenance, rules = _origin(root, sources, cfg, weights)
+    meta = create_store(root, provenance, cfg.rows_per_shard)
+    return replace(rules, most_rows=meta.rows_per_shard)
 
 
 def _import_one(
@@ -142,8 +142,8 @@ def _any_of(task: ShardTask, paths: set[str]) -> bool:
     return any(video.path in paths for video in task.videos)
 
 
-def _prepare(root: Path, sources: ArraySources, cfg: ImportConfig, weights: Path | None) -> tuple[Provenance, RowRules]:
-    """What the store says of its features, and what is asked of each array."""
+def _origin(root: Path, sources: ArraySources, cfg: ImportConfig, weights: Path | None) -> tuple[Provenance, RowRules]:
+    """What the store says of its features, and what is asked of each array (the rows of a shard are set later)."""
     known = open_store(root).provenance if (root / "zarr.json").exists() else None
     if weights is not None:
         model, sha256 = load_s3d(weights)

@@ -73,7 +73,7 @@ class RowRules:
             array = array / np.maximum(row_lengths(array), 1e-12)[:, None]
         elif self.unit and not is_unit(array):
             raise ExtractionError(
-                "its rows do not have length 1, as the rows of this store do; import all of it with --normalise into a new store",
+                "its rows do not have length 1, as this store's have; import all with --normalise into a new store",
                 "not_normalised",
             )
         if array.dtype.itemsize > 2 and np.abs(array).max() > _MAX_FLOAT16:

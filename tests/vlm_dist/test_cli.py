@@ -26,8 +26,8 @@ SURFACE = {
     "doctor": [*COMMON, "--json"],
     "config show": [*COMMON, "--json"],
     "extract": [
-        *COMMON, "--allow-pickle", "--captions", "--json", "--npy", "--random-weights", "--store", "--strict", "--tokenizer", "--weights",
-        "--workers", "paths",
+        *COMMON, "--allow-pickle", "--captions", "--json", "--npy", "--random-weights", "--store", "--strict",
+        "--tokenizer", "--weights", "--workers", "paths",
     ],
     "store info": [*COMMON, "--json", "store"],
     "store verify": [*COMMON, "--deep", "--json", "--repair", "store"],

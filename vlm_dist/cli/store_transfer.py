@@ -9,7 +9,7 @@ import typer
 from vlm_dist.cli.context import Context
 from vlm_dist.cli.intake import STRICT_EXIT, check_captions, print_captions, print_failures, write_captions
 from vlm_dist.cli.options import HERE, AllowPickle, Json, Overrides, Workspace
-from vlm_dist.cli.output import duration, print_json, progress, prose_on_stderr
+from vlm_dist.cli.output import duration, print_json, print_warning, progress, prose_on_stderr
 
 if TYPE_CHECKING:
     from feature_store.config import ImportConfig
@@ -85,19 +85,19 @@ def import_to_store(
     allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """Arrays and captions -> the workspace's store, as a tracked run; prints what happened and returns it."""
-    from feature_store.import_arrays import check_store
+    from feature_store.import_arrays import prepare_store
     from feature_store.import_sources import ArraySources
     from feature_store.info import failures, store_info
     from feature_store.plan import anything_to_do
+    from feature_store.snapshot import finalise
 
     captions = Path(context.settings.captions_file) if context.settings.captions_file else None
     check_captions(context, captions, allow_pickle)
     sources = ArraySources(paths, allow_pickle=allow_pickle, ids_file=ids)
-    known = (context.store / "zarr.json").exists()
-    if known:
-        check_store(context.store, sources, cfg, weights)
-    if known and not anything_to_do(context.store, sources.videos):
+    prepare_store(context.store, sources, cfg, weights)  # what cannot be imported is refused before a run is opened
+    if not anything_to_do(context.store, sources.videos):
         state, run_id = None, None
+        finalise(context.store)  # publishes what was committed when an import was killed at its very end
         print(f"Nothing to do: all {len(sources.videos)} arrays are in the store or have failed before.")
         report = write_captions(context, captions, allow_pickle)
     else:
@@ -114,6 +114,8 @@ def import_to_store(
     broken = failures(context.store)
     print_failures(broken)
     info = store_info(context.store)
+    if waiting := info["videos"]["open"]:
+        print_warning(f"{waiting} videos of another import are not in the store yet: type that import again")
     return {
         "store": str(context.store), "ok": state.ok if state else info["videos"]["ok"],
         "failed": state.failed if state else len(broken), "nothing_to_do": state is None or state.shards == 0,
