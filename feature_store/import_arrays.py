@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from feature_store.config import ImportConfig
-from feature_store.import_rows import RowRules, is_unit
+from feature_store.import_rows import OVERFLOW, RowRules, is_unit
 from feature_store.import_sources import ArraySources
 from feature_store.layout import create_store, default_rows_per_shard, open_store
 from feature_store.plan import PlannedVideo, ShardTask, plan_videos
@@ -92,10 +92,13 @@ def import_arrays(
         state.videos = state.ok + state.failed + sum(video.path in mine for task in tasks for video in task.videos)
         for task in tasks:
             with ShardAttempt(root, task.shard) as attempt:
+                room = rules.most_rows
                 for video in task.videos:
                     if video.path not in mine:
                         continue  # without a record it is planned again, for those who have its source
-                    _count(state, _import_one(attempt, sources, video, rules, state))
+                    record = _import_one(attempt, sources, video, replace(rules, room=room), state)
+                    room -= record.n_rows
+                    _count(state, record)
                     state.elapsed_s = time.monotonic() - start
                     on_progress(state)
                 attempt.commit()
@@ -116,6 +119,7 @@ def _import_one(
     attempt: ShardAttempt, sources: ArraySources, video: PlannedVideo, rules: RowRules, state: ImportState
 ) -> VideoRecord:
     start = time.monotonic()
+    record = VideoRecord(video_id=video.video_id, path=video.path)
     try:
         array = sources.load(video, rules)
         state.bytes_read += array.nbytes
@@ -124,10 +128,11 @@ def _import_one(
         except ExtractionError as error:
             raise ExtractionError(f"{video.path}: {error}", error.reason) from None
     except ExtractionError as error:
+        if error.reason == OVERFLOW:
+            return attempt.add(record.model_copy(update={"status": "overflow"}), None)
         failed = {"status": "failed", "reason": error.reason, "message": str(error)}
-        return attempt.add(VideoRecord(video_id=video.video_id, path=video.path).model_copy(update=failed), None)
-    seconds = time.monotonic() - start
-    return attempt.add(VideoRecord(video_id=video.video_id, path=video.path, seconds=seconds), rows)
+        return attempt.add(record.model_copy(update=failed), None)
+    return attempt.add(record.model_copy(update={"seconds": time.monotonic() - start}), rows)
 
 
 def _count(state: ImportState, record: VideoRecord) -> None:

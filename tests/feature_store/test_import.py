@@ -283,6 +283,7 @@ def test_more_rows_than_one_shard_holds(tmp_path: Path) -> None:
     np.savez(tmp_path / "all.npz", **arrays)  # type: ignore[arg-type]
     state = import_arrays(tmp_path / "store", ArraySources([tmp_path / "all.npz"]), CFG)
     assert (state.ok, state.failed) == (9, 0)
+    assert state.bytes_read == 9 * 400 * F * 4  # what does not fit a shard is not read for nothing
     assert_holds(tmp_path / "store", arrays)
 
 
