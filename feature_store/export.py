@@ -26,10 +26,11 @@ class ExportSummary(NamedTuple):
     """What one call did."""
 
     written: int
-    """Files (or row groups) that were written."""
+    """Files that were written."""
     kept: int
     """Files that were there whole."""
     bytes: int
+    """Of what was written."""
 
 
 def open_export(folder: Path, index: StoreIndex) -> None:
@@ -55,13 +56,13 @@ def open_export(folder: Path, index: StoreIndex) -> None:
 
 
 @contextmanager
-def published(path: Path) -> Generator[Path]:
-    """A hidden name to write to, which becomes `path` at once when the block is through.
+def published(path: Path, size: int = 1 << 16) -> Generator[Path]:
+    """A hidden name to write `size` bytes to, which becomes `path` at once when the block is through.
 
     After a kill it is there still, and the next export of this path writes over it.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    with disk_guard(path, 1 << 16):
+    with disk_guard(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
@@ -91,7 +92,7 @@ def export_npy(root: Path, folder: Path, on_progress: Callable[[int], None] = la
             kept += 1
         else:
             rows = reader.read(video)
-            with published(path) as temporary, temporary.open("wb") as file:
+            with published(path, rows.nbytes) as temporary, temporary.open("wb") as file:
                 np.save(file, rows)
             written, size = written + 1, size + rows.nbytes
         on_progress(written + kept)

@@ -119,7 +119,7 @@ def _import_one(
     attempt: ShardAttempt, sources: ArraySources, video: PlannedVideo, rules: RowRules, state: ImportState
 ) -> VideoRecord:
     start = time.monotonic()
-    record = VideoRecord(video_id=video.video_id, path=video.path)
+    known: dict[str, object] = {"video_id": video.video_id, "path": video.path}
     try:
         array = sources.load(video, rules)
         state.bytes_read += array.nbytes
@@ -129,10 +129,10 @@ def _import_one(
             raise ExtractionError(f"{video.path}: {error}", error.reason) from None
     except ExtractionError as error:
         if error.reason == OVERFLOW:
-            return attempt.add(record.model_copy(update={"status": "overflow"}), None)
-        failed = {"status": "failed", "reason": error.reason, "message": str(error)}
-        return attempt.add(record.model_copy(update=failed), None)
-    return attempt.add(record.model_copy(update={"seconds": time.monotonic() - start}), rows)
+            return attempt.add(VideoRecord.model_validate({**known, "status": "overflow"}), None)
+        known |= {"status": "failed", "reason": error.reason, "message": str(error)}
+        return attempt.add(VideoRecord.model_validate(known), None)
+    return attempt.add(VideoRecord.model_validate({**known, "seconds": time.monotonic() - start}), rows)
 
 
 def _count(state: ImportState, record: VideoRecord) -> None:

@@ -1,7 +1,8 @@
 """Pickle files of arrays and captions → plain data, while nothing in the file can run (outside → import, captions).
 
 A pickle is a program. This reader knows a dozen names, and gives even those no real function: each stands for a small
-class here that keeps numbers and bytes, and numpy sees them only after they were checked.
+class here that keeps numbers and bytes, and numpy sees them only after they were checked. What it cannot prevent: a
+file made for it may fill the memory or, by a million nested tuples, end the process.
 """
 
 import pickle
