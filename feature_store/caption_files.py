@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast
 
+from feature_store.pickles import SUFFIXES, PickledArray, as_text, load_pickle, require_allowed
+from feature_store.tokenizer import Tokenizer
 from vlm_dist.errors import ConfigError, StoreError
 
 _BLOCK = 1 << 20
@@ -16,8 +18,9 @@ _SLACK = 1 << 20  # an error this far before the end of what was read is not for
 FORMS = (
     'raw_caption.json {"ID": {"start": [s], "end": [s], "text": ["..."]}}, '
     'JSONL lines {"video_id": "ID", "start": [s], "end": [s], "text": ["..."]}, '
-    "or CSV with the columns video_id,start,end,text"
+    "CSV with the columns video_id,start,end,text, or a pickled {ID: as in raw_caption.json, or that as a JSON string}"
 )
+_TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv")
 
 
 class RawCaptions(NamedTuple):
@@ -29,22 +32,32 @@ class RawCaptions(NamedTuple):
     texts: list[Any]
 
 
-def require_caption_file(file: Path) -> None:
-    """ConfigError unless the file is there and has an ending that says what is in it."""
+def require_caption_file(file: Path, allow_pickle: bool = False) -> None:
+    """ConfigError unless the file is there, its ending says what is in it, and it is no pickle or an allowed one."""
     if not file.is_file():
         raise ConfigError(f"caption file {file} is not there; give a file, or extract without captions")
-    if file.suffix.lower() not in (".json", ".jsonl", ".ndjson", ".csv"):
+    if file.suffix.lower() not in (*_TEXT_SUFFIXES, *SUFFIXES):
         raise ConfigError(f"caption file {file}: the ending {file.suffix!r} is not known; give {FORMS}")
+    if file.suffix.lower() in SUFFIXES:
+        require_allowed(file, allow_pickle)
 
 
-def iter_captions(file: Path) -> Iterator[RawCaptions]:
-    """Every video of a caption file (.json, .jsonl or .csv), in the file's order.
+def iter_captions(file: Path, allow_pickle: bool = False, tokenizer: Tokenizer | None = None) -> Iterator[RawCaptions]:
+    """Every video of a caption file (.json, .jsonl, .csv or .pkl), in the file's order.
+
+    Args:
+        file: HowTo100M's raw_caption.json, one of the other forms of `FORMS`, or one of HowTo100M's pickles.
+        allow_pickle: open a pickle, restricted to data; it is in memory whole.
+        tokenizer: whose word pieces the ids of a pickle are that holds no text (`cap`).
 
     Raises:
-        ConfigError: no such file, or an ending that says nothing.
+        ConfigError: no such file, an ending that says nothing, or a pickle that is not allowed or needs a tokenizer.
         StoreError: the content does not have the form; names the video or the line.
     """
-    require_caption_file(file)
+    require_caption_file(file, allow_pickle)
+    if file.suffix.lower() in SUFFIXES:
+        yield from _iter_pickle(file, load_pickle(file, allow_pickle), tokenizer)
+        return
     reader = {".json": _iter_json, ".csv": _iter_csv}.get(file.suffix.lower(), _iter_jsonl)
     seen: set[str] = set()
     with file.open(encoding="utf-8-sig", newline="") as text:
@@ -155,6 +168,55 @@ def _iter_csv(file: Path, text: TextIO) -> Iterator[RawCaptions]:
         raise StoreError(f"{file}, line {rows.line_num}: {error}; quote texts that hold commas or quotes") from None
     if current:
         yield current
+
+
+def _iter_pickle(file: Path, content: object, tokenizer: Tokenizer | None) -> Iterator[RawCaptions]:
+    """The reference's pickles: captions as a JSON string or an object, or with word-piece ids in place of texts."""
+    if not isinstance(content, dict):
+        raise StoreError(f"{file} holds a {type(content).__name__}; give {FORMS}")
+    for key, value in cast("dict[object, object]", content).items():
+        video_id = as_text(key)
+        if video_id is None:
+            raise StoreError(f"{file} has the key {key!r}; the keys must be video ids")
+        text = as_text(value)
+        if text is not None:
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise StoreError(f"{file}: the captions of video {video_id} are not JSON ({error.msg})") from None
+        elif isinstance(value, dict):
+            value = {as_text(name): _plain(part) for name, part in cast("dict[object, object]", value).items()}
+            if "cap" in value and "text" not in value:
+                value["text"] = _texts_of_ids(file, video_id, value["cap"], tokenizer)
+        yield _checked(file, video_id, value)
+
+
+def _plain(value: object) -> object:
+    """A list of Python values where it is an array; its strings of Python 2 as text."""
+    if isinstance(value, PickledArray):
+        value = value.values()
+    if isinstance(value, list):
+        return [as_text(part) if isinstance(part, bytes) else part for part in cast("list[object]", value)]
+    return value
+
+
+def _texts_of_ids(file: Path, video_id: str, captions: object, tokenizer: Tokenizer | None) -> list[str]:
+    """Words of word-piece ids: cut again by the same tokenizer they give the same ids; unknown words are left out."""
+    if tokenizer is None:
+        raise ConfigError(f"{file} holds word-piece ids: give the tokenizer that made them, like bert-base-uncased")
+    pieces = tokenizer.pieces
+    texts: list[str] = []
+    for ids in cast("list[object]", captions) if isinstance(captions, list) else ():
+        numbers = ids.values() if isinstance(ids, PickledArray) else ids
+        if not isinstance(numbers, list) or not all(
+            isinstance(n, int) and 0 <= n < len(pieces) for n in cast("list[object]", numbers)
+        ):
+            raise StoreError(
+                f"{file}: a caption of video {video_id} is not ids below {len(pieces)}, the tokenizer's pieces"
+            )
+        known = (pieces[number] for number in cast("list[int]", numbers) if number != tokenizer.unk_id)
+        texts.append(" ".join(known).replace(" ##", ""))
+    return texts
 
 
 def _checked(file: Path, video_id: str, value: Any) -> RawCaptions:

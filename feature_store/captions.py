@@ -7,6 +7,7 @@ caption file, and captions of videos that it has no features of, which join thei
 import math
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -65,21 +66,22 @@ class CaptionReport(BaseModel):
     tokenizer_sha256: str
 
 
-def write_captions(root: Root, file: Path | None, cfg: CaptionConfig) -> CaptionReport:
+def write_captions(root: Root, file: Path | None, cfg: CaptionConfig, allow_pickle: bool = False) -> CaptionReport:
     """Writes a snapshot with the captions of a file; those of other videos stay. Does nothing where nothing changed.
 
     Args:
         root: the store; it may hold none, some or all of the videos yet.
-        file: .json, .jsonl or .csv (see `caption_files`); None tokenises the store's own captions again.
+        file: .json, .jsonl, .csv or .pkl (see `caption_files`); None tokenises the store's own captions again.
         cfg: cleaning and tokenising. Another tokenizer is applied to every caption of the store.
+        allow_pickle: open a pickled file, restricted to data.
 
     Raises:
-        ConfigError: no such file or tokenizer.
+        ConfigError: no such file or tokenizer, or a pickle that is not allowed.
         StoreError: the file does not have the form (the video is named); None and the store has no captions.
     """
     meta = open_store(root)
     if file is not None:
-        require_caption_file(file)
+        require_caption_file(file, allow_pickle)
     if cfg.max_tokens > np.iinfo(np.uint16).max:
         raise ConfigError(f"max_tokens is {cfg.max_tokens}; a caption holds at most 65535")
     finalise(root)
@@ -88,13 +90,14 @@ def write_captions(root: Root, file: Path | None, cfg: CaptionConfig) -> Caption
     source = before.details["captions"].get("source_crc32c") if file is None else file_crc32c(file)
     if file is None:
         _require_text(before, cfg)
+    raw = iter_captions(file, allow_pickle, tokenizer) if file else None
     if _unchanged(before, cfg, source, tokenizer):
         return caption_report(before, changed=False)
 
     scratch = meta.storage.scratch(scratch_name("captions"))
     try:
         with disk_guard(scratch, 3 * (file.stat().st_size if file else before.captions.text.nbytes)):
-            new, counts = _read_file(scratch / "text", file, cfg) if file else ([], before.details["captions"])
+            new, counts = _read_file(scratch / "text", raw, cfg) if raw else ([], before.details["captions"])
             build = _Builder(scratch, new, tokenizer, cfg, {**counts, "source_crc32c": source})
             name = update_snapshot(meta, build)
     finally:
@@ -191,13 +194,13 @@ class _Builder:
         return Draft(snapshot_videos(parent), made, snapshot_marks(parent))
 
 
-def _read_file(folder: Path, file: Path, cfg: CaptionConfig) -> tuple[list[Table], Counter[str]]:
+def _read_file(folder: Path, raw: Iterable[RawCaptions], cfg: CaptionConfig) -> tuple[list[Table], Counter[str]]:
     """The cleaned captions of a file, on disk and without tokens; and what was dropped."""
     writer = TableWriter(folder, "uint16")
     counts: Counter[str] = Counter(no_text=0, bad_times=0, clipped=0, duplicates=0, outside=0)
     ids: list[bytes] = []
-    for raw in iter_captions(file):
-        captions = clean_captions(raw, cfg.deduplicate, counts)
+    for video in raw:
+        captions = clean_captions(video, cfg.deduplicate, counts)
         texts = [caption.text.encode() for caption in captions]
         writer.append(
             VideoCaptions(
@@ -209,7 +212,7 @@ def _read_file(folder: Path, file: Path, cfg: CaptionConfig) -> tuple[list[Table
                 np.frombuffer(b"".join(texts), np.uint8),
             )
         )
-        ids.append(raw.video_id.encode("utf-8", "replace"))
+        ids.append(video.video_id.encode("utf-8", "replace"))
     arrays = writer.finish()
     return [(ids, CaptionTable.open(folder, arrays))], counts
 

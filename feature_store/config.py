@@ -43,6 +43,14 @@ class ExtractConfig(_Frozen):
     gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs of one worker; 0 extracts on CPUs.")
 
 
+class ImportConfig(_Frozen):
+    """What becomes of features that others made, and what a new store says of their origin."""
+
+    extractor: str = Field(default="imported", description="Name of what made the features.")
+    normalise: bool = Field(default=False, description="L2-normalise each row.")
+    rows_per_shard: int = Field(default=0, ge=0, description="Rows of a shard of a new store; see StoreConfig.")
+
+
 class StoreConfig(_Frozen):
     """Layout of a new store; fixed when the store is created."""
 

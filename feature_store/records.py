@@ -18,6 +18,11 @@ Reason = Literal[
     "duplicate",
     "too_long",
     "decoder_crash",
+    "bad_shape",
+    "bad_dtype",
+    "not_finite",
+    "all_zero",
+    "not_normalised",
     "error",
 ]
 

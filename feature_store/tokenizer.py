@@ -59,6 +59,11 @@ class Tokenizer:
         """Number of pieces, special ones included."""
         return len(self._vocab)
 
+    @property
+    def pieces(self) -> Sequence[str]:
+        """The vocabulary; a piece's id is its place."""
+        return self._vocab
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
         return self._backend.encode(text, add_special_tokens=False).ids

@@ -41,7 +41,7 @@ class Settings(BaseModel):
     store: str = Field(default="store", description="Feature store: the folder with features and caption tokens.")
     runs: str = Field(default="runs", description="Folder for checkpoints; every run has its own folder in it.")
     captions_file: str = Field(
-        default="", description="Caption file that extract reads (raw_caption.json, JSONL or CSV)."
+        default="", description="Caption file that extract reads (raw_caption.json, JSONL, CSV or pickle)."
     )
     init: str = Field(
         default="bert-base-uncased",

@@ -26,12 +26,17 @@ SURFACE = {
     "doctor": [*COMMON, "--json"],
     "config show": [*COMMON, "--json"],
     "extract": [
-        *COMMON, "--captions", "--json", "--npy", "--random-weights", "--store", "--strict", "--tokenizer", "--weights",
-        "--workers", "paths",
+        *COMMON, "--allow-pickle", "--captions", "--json", "--npy", "--random-weights", "--store", "--strict",
+        "--tokenizer", "--weights", "--workers", "paths",
     ],
     "store info": [*COMMON, "--json", "store"],
     "store verify": [*COMMON, "--deep", "--json", "--repair", "store"],
     "store failures": [*COMMON, "--json", "store"],
+    "store import": [
+        *COMMON, "--allow-pickle", "--captions", "--extractor", "--ids", "--json", "--normalise", "--store", "--strict",
+        "--tokenizer", "--weights", "sources",
+    ],
+    "store export": ["--json", "--npy", "--parquet", "folder", "store"],
     "pretrain": [
         *COMMON, "--gpus", "--init", "--json", "--max-steps", "--new", "--nodes", "--store", "--workers",
     ],

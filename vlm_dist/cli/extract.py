@@ -1,15 +1,15 @@
 """`vlm-dist extract`: videos (and captions) -> a feature store, or one video -> one file."""
 
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlm_dist.cli.context import Context
-from vlm_dist.cli.options import HERE, Json, Overrides, Workspace
-from vlm_dist.cli.output import duration, print_json, print_table, print_warning, progress, prose_on_stderr
+from vlm_dist.cli.intake import STRICT_EXIT, check_captions, print_captions, print_failures, write_captions
+from vlm_dist.cli.options import HERE, AllowPickle, Json, Overrides, Workspace
+from vlm_dist.cli.output import duration, print_json, print_warning, progress, prose_on_stderr
 
 if TYPE_CHECKING:
     from feature_store.captions import CaptionReport
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from feature_store.plan import PlannedVideo
     from feature_store.records import VideoRecord
 
-STRICT_EXIT = 3
 LOG_EVERY_S = 10.0  # between points of a throughput curve: extraction runs for days
 
 
@@ -28,7 +27,7 @@ def extract(
     ],
     store: Annotated[Path | None, typer.Option(help="Feature store that is made or continued.")] = None,
     captions: Annotated[
-        Path | None, typer.Option(help="Captions: {id: {start, end, text}} as JSON, JSONL, or CSV.")
+        Path | None, typer.Option(help="Captions: {id: {start, end, text}} as JSON, JSONL, CSV, or pickle.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="S3D weights, s3d_howto100m.pth.")] = None,
     random_weights: Annotated[
@@ -44,6 +43,7 @@ def extract(
     npy: Annotated[
         bool, typer.Option("--npy", help="One video, no store: write NAME.npy here, in this process.")
     ] = False,
+    allow_pickle: AllowPickle = False,
     strict: Annotated[bool, typer.Option("--strict", help=f"Exit {STRICT_EXIT} when a video failed.")] = False,
     workspace: Workspace = HERE,
     overrides: Overrides = None,
@@ -81,7 +81,7 @@ def extract(
             )
         return
     with prose_on_stderr(as_json):
-        result = extract_to_store(context, paths, random_weights)
+        result = extract_to_store(context, paths, random_weights, allow_pickle)
     if as_json:
         print_json(result)
     if strict and result["failed"]:
@@ -113,7 +113,9 @@ def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None)
             "decoded_s": extracted.decoded_s, "claimed_s": extracted.claimed_s}  # fmt: skip
 
 
-def extract_to_store(context: Context, paths: list[Path], random_seed: int | None) -> dict[str, Any]:
+def extract_to_store(
+    context: Context, paths: list[Path], random_seed: int | None, allow_pickle: bool = False
+) -> dict[str, Any]:
     """Videos and captions -> the workspace's store, as a tracked run; prints what happened and returns it."""
     from cluster.ray_local import ray_session
     from feature_store.encoder import require_same_encoder
@@ -124,11 +126,11 @@ def extract_to_store(context: Context, paths: list[Path], random_seed: int | Non
     videos = list_inputs(paths)
     weights = _weights(context, random_seed)
     captions = Path(settings.captions_file) if settings.captions_file else None
-    _check_captions(context, captions)
+    check_captions(context, captions, allow_pickle)
     if (context.store / "zarr.json").exists():
         require_same_encoder(context.store, settings.extract, random_seed=random_seed, weights=weights)
         if _all_done(context, videos):
-            return _again(context, videos, captions)
+            return _again(context, videos, captions, allow_pickle)
     with context.tracked("extract") as tracker:
         started = time.monotonic()
         with ray_session(settings.cluster) as machines, progress("extract", len(videos), "videos") as bar:
@@ -165,7 +167,7 @@ def extract_to_store(context: Context, paths: list[Path], random_seed: int | Non
                 rows_per_shard=settings.store_layout.rows_per_shard,
                 on_progress=show,
             )
-        report = _write_captions(context, captions)
+        report = write_captions(context, captions, allow_pickle)
         info = store_info(context.store)
         broken = failures(context.store)
         tracker.tags({"vlm_dist.store_fingerprint": info["fingerprint"], "vlm_dist.store": str(context.store)})
@@ -188,15 +190,15 @@ def _all_done(context: Context, videos: list["PlannedVideo"]) -> bool:
     return True
 
 
-def _again(context: Context, videos: list["PlannedVideo"], captions: Path | None) -> dict[str, Any]:
+def _again(context: Context, videos: list["PlannedVideo"], captions: Path | None, allow_pickle: bool) -> dict[str, Any]:
     """The same command once more: only captions may have changed."""
     from feature_store.info import failures, store_info
 
     print(f"Nothing to do: all {len(videos)} videos are in the store or have failed before.")
-    report = _write_captions(context, captions)
+    report = write_captions(context, captions, allow_pickle)
     broken = failures(context.store)
-    _print_captions(report)
-    _print_failures(broken)
+    print_captions(report)
+    print_failures(broken)
     info = store_info(context.store)
     return {"store": str(context.store), "ok": info["videos"]["ok"], "failed": len(broken), "nothing_to_do": True,
             "fingerprint": info["fingerprint"], "run": None}  # fmt: skip
@@ -217,50 +219,6 @@ def _weights(context: Context, random_seed: int | None) -> Path | None:
     return Path(file)
 
 
-def _check_captions(context: Context, captions: Path | None) -> None:
-    """Find out before hours of extraction that the captions or their tokenizer cannot be read."""
-    from feature_store.tokenizer import load_tokenizer
-    from vlm_dist.errors import ConfigError
-
-    if captions is None:
-        return
-    if not captions.is_file():
-        raise ConfigError(f"the caption file {captions} does not exist")
-    if not context.settings.captions.tokenizer.startswith("wordpiece:"):
-        load_tokenizer(context.settings.captions.tokenizer)
-
-
-def _write_captions(context: Context, captions: Path | None) -> "CaptionReport | None":
-    from feature_store.captions import write_captions
-
-    return write_captions(context.store, captions, context.settings.captions) if captions else None
-
-
-def _caption_line(report: "CaptionReport") -> str:
-    if not report.changed:
-        return f"Captions are as they were: {report.clips} captions of {report.videos_with_captions} videos."
-    return (
-        f"{report.clips} captions ({report.tokens} tokens, {report.tokens_per_s:.2f} a second) of "
-        f"{report.videos_with_captions} videos, {report.captions_per_video:.1f} a video; "
-        f"vocabulary of {report.tokenizer_pieces} word pieces."
-    )
-
-
-def _caption_losses(report: "CaptionReport") -> list[tuple[int, str]]:
-    """What did not become tokens, counted; only what happened."""
-    absent = ", ".join(report.captions_without_video_ids[:3])
-    counts = [
-        (report.videos_without_captions, "videos have no captions and will not be pre-trained on"),
-        (report.captions_without_video, f"videos have captions and no features ({absent} …); kept for later"),
-        (report.dropped_text, "captions without text were dropped"),
-        (report.dropped_times, "captions whose end is not after their start were dropped"),
-        (report.dropped_outside, "captions start after the end of their video and were dropped"),
-        (report.clipped, "captions were cut at the end of their video"),
-        (report.duplicates, "captions repeated the one before and were cut or dropped"),
-    ]
-    return [(count, what) for count, what in counts if count]
-
-
 def _print_summary(
     summary: "ExtractSummary", report: "CaptionReport | None", broken: list["VideoRecord"], seconds: float
 ) -> None:
@@ -268,23 +226,5 @@ def _print_summary(
         f"{summary.tally.ok} videos ({duration(summary.tally.seconds)} of video) extracted and "
         f"{summary.tally.failed} failed in {duration(seconds)}, on {summary.workers} workers."
     )
-    _print_captions(report)
-    _print_failures(broken)
-
-
-def _print_captions(report: "CaptionReport | None") -> None:
-    if report is None:
-        print_warning("no captions: pre-training needs them; run the same command with --captions FILE")
-    else:
-        print(_caption_line(report))
-        for count, what in _caption_losses(report):
-            print(f"  {count} {what}")
-
-
-def _print_failures(broken: list["VideoRecord"]) -> None:
-    if broken:
-        reasons = Counter(record.reason for record in broken)
-        rows = [(r.video_id, r.reason, r.message) for r in broken[:20]]
-        print_table(("video", "reason", "what happened"), rows, title=f"{len(broken)} videos without features")
-        if len(broken) > 20:
-            print(f"… and {len(broken) - 20} more ({dict(reasons)}): `vlm-dist store failures` lists them all")
+    print_captions(report)
+    print_failures(broken)

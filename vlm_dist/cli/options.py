@@ -17,6 +17,10 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Open pickles, which can hold programs, restricted to plain data.")
+]
+
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="End task: retrieval, coin, segmentation.")]
 Source = Annotated[
     str | None,

@@ -1,4 +1,4 @@
-"""`vlm-dist store`: what is in a feature store, whether it is whole, and what failed."""
+"""`vlm-dist store`: what is in a feature store, whether it is whole, what failed; features in and out as files."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_dist.cli.options import HERE, Json, Overrides, Workspace
+from vlm_dist.cli.store_transfer import export, import_features
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
@@ -14,7 +15,11 @@ Store = Annotated[Path | None, typer.Argument(metavar="STORE", help="Feature sto
 
 @app.callback()
 def _store() -> None:
-    """Look into a feature store."""
+    """Look into a feature store, and take features in and out."""
+
+
+app.command("import")(import_features)
+app.command("export")(export)
 
 
 @app.command()
