@@ -61,9 +61,9 @@ def measure(scratch: Path, corpus: Corpus, rounds: int) -> tuple[list[Row], dict
                 done, update = done + 1, update + 1
             figures[name].append(done / (time.process_time() - cpu))
     row = bound(
-        "clip batches, a core",
+        "clip batches",
         "256 clips of 8 videos",
-        "batches/s",
+        "batches/core-s",
         figures["ours"],
         GOAL,
         "clip by clip",

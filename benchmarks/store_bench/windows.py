@@ -110,10 +110,10 @@ _COMPARISONS = (
 
 
 def _rows(place: str, clock: str, figures: dict[str, dict[str, list[float]]]) -> list[Row]:
-    unit = "videos/s a core" if clock == "cpu" else "videos/s"
     rows = []
     for processes in (1, 2):
         section = f"warm, {place}, {processes} process{'es' if processes > 1 else ''}"
+        unit = "videos/s" if clock == "wall" else "videos/core-s" if processes == 1 else "videos/2 core-s"
         key = f"{clock} {processes}"
         for ours, other, goal in _COMPARISONS:
             if other in figures:
