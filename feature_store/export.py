@@ -17,6 +17,7 @@ from feature_store.files import crc32c, disk_guard
 from feature_store.index import StoreIndex
 from feature_store.npy import read_header, read_rows
 from feature_store.reader import FeatureReader
+from feature_store.storage import Root
 from vlm_dist.errors import ExtractionError, StoreError
 
 MARKER = "export.json"
@@ -68,7 +69,7 @@ def published(path: Path, size: int = 1 << 16) -> Generator[Path]:
         temporary.replace(path)
 
 
-def export_npy(root: Path, folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> ExportSummary:
+def export_npy(root: Root, folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> ExportSummary:
     """Writes the features of every video, (n, F) float16, bit for bit, to a file named by `path_of_id`.
 
     Files that are there are read and kept where their checksum is the video's.

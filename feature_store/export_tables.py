@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from feature_store.export import ExportSummary, open_export, published
 from feature_store.index import StoreIndex
+from feature_store.storage import Root
 
 GROUP = 1 << 16  # captions (or videos) of one row group, about
 _SOURCE = b"vlm_dist.snapshot"
@@ -38,7 +39,7 @@ def clips_schema(token_type: str) -> pa.Schema:
     return pa.schema([("id", pa.string()), *times, ("text", pa.string()), ("tokens", tokens)])
 
 
-def export_parquet(root: Path, folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> ExportSummary:
+def export_parquet(root: Root, folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> ExportSummary:
     """Writes videos.parquet and clips.parquet of the store's snapshot; keeps those that are of this snapshot already.
 
     Args:

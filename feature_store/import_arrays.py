@@ -18,11 +18,12 @@ import torch
 from feature_store.config import ImportConfig
 from feature_store.import_rows import OVERFLOW, RowRules, is_unit
 from feature_store.import_sources import ArraySources
-from feature_store.layout import create_store, default_rows_per_shard, open_store
+from feature_store.layout import create_store, default_rows_per_shard, open_store, store_exists
 from feature_store.plan import PlannedVideo, ShardTask, plan_videos
 from feature_store.records import Provenance, VideoRecord
 from feature_store.s3d import FEATURE_DIM, S3D
 from feature_store.snapshot import finalise
+from feature_store.storage import Root
 from feature_store.weights import load_s3d
 from feature_store.writer import ShardAttempt
 from vlm_dist.errors import ExtractionError, StoreError
@@ -58,7 +59,7 @@ class ImportState:
 
 
 def import_arrays(
-    root: Path,
+    root: Root,
     sources: ArraySources,
     cfg: ImportConfig,
     *,
@@ -108,7 +109,7 @@ def import_arrays(
     return state
 
 
-def prepare_store(root: Path, sources: ArraySources, cfg: ImportConfig, weights: Path | None) -> RowRules:
+def prepare_store(root: Root, sources: ArraySources, cfg: ImportConfig, weights: Path | None) -> RowRules:
     """Make the store for an import, or refuse to go on with one of another provenance; see `import_arrays`."""
     provenance, rules = _origin(root, sources, cfg, weights)
     meta = create_store(root, provenance, cfg.rows_per_shard)
@@ -147,9 +148,9 @@ def _any_of(task: ShardTask, paths: set[str]) -> bool:
     return any(video.path in paths for video in task.videos)
 
 
-def _origin(root: Path, sources: ArraySources, cfg: ImportConfig, weights: Path | None) -> tuple[Provenance, RowRules]:
+def _origin(root: Root, sources: ArraySources, cfg: ImportConfig, weights: Path | None) -> tuple[Provenance, RowRules]:
     """What the store says of its features, and what is asked of each array (the rows of a shard are set later)."""
-    known = open_store(root).provenance if (root / "zarr.json").exists() else None
+    known = open_store(root).provenance if store_exists(root) else None
     if weights is not None:
         model, sha256 = load_s3d(weights)
         rules = RowRules(FEATURE_DIM["mixed_5c"], 0, normalise=True, project=_through_fc(model))

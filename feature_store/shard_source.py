@@ -69,35 +69,47 @@ class FileShard:
 
     def __init__(self, meta: StoreMeta, where: str, descriptor: int) -> None:
         self.where = where
-        self.descriptor = descriptor
-        size = os.fstat(descriptor).st_size
-        raw = os.pread(descriptor, index_bytes(meta), max(0, size - index_bytes(meta)))
-        self.offsets: list[int] = parse_index(meta, raw, where)[:, 0].tolist()
+        self._descriptor = descriptor
+        self.offsets = _offsets(meta, where, descriptor)
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        os.close(self._descriptor)
 
     def read(self, buffers: Buffers, offset: int) -> int:
-        return os.preadv(self.descriptor, buffers, offset)
+        return os.preadv(self._descriptor, buffers, offset)
 
     def advise(self, offset: int, length: int) -> None:
-        os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
 
-class MappedShard(FileShard):
-    """A descriptor and a map of the whole file: quickest where the file is in memory, slow where it is not."""
+class MappedShard:
+    """A map of the whole file: quickest where the file is in memory.
+
+    A file that is cut short while it is mapped ends the process (SIGBUS) instead of raising an error.
+    """
+
+    ranged = False
 
     def __init__(self, meta: StoreMeta, where: str, descriptor: int) -> None:
-        super().__init__(meta, where, descriptor)
-        self._map = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+        self.where = where
+        try:
+            self.offsets = _offsets(meta, where, descriptor)
+            self._map = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)  # holds a descriptor of its own
+        finally:
+            os.close(descriptor)
+        self._view = memoryview(self._map)
 
     def read(self, buffers: Buffers, offset: int) -> int:
-        done = 0
+        start = offset
         for buffer in buffers:
-            part = self._map[offset + done : offset + done + len(buffer)]
+            part = self._view[offset : offset + len(buffer)]
             buffer[: len(part)] = part
-            done += len(part)
-        return done
+            offset += len(part)
+        return offset - start
+
+    def advise(self, offset: int, length: int) -> None:
+        ahead = offset % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, offset - ahead, length + ahead)
 
 
 class RangedShard:
@@ -114,6 +126,12 @@ class RangedShard:
 
     def advise(self, offset: int, length: int) -> None:
         pass
+
+
+def _offsets(meta: StoreMeta, where: str, descriptor: int) -> list[int]:
+    size = os.fstat(descriptor).st_size
+    raw = os.pread(descriptor, index_bytes(meta), max(0, size - index_bytes(meta)))
+    return parse_index(meta, raw, where)[:, 0].tolist()
 
 
 def _fetch(meta: StoreMeta, key: str, path: Path) -> None:

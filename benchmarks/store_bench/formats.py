@@ -52,12 +52,13 @@ class Ours:
     folder: ClassVar = "store"
     package: ClassVar = "vlm-dist"
     check: ClassVar = "off"
+    mapped: ClassVar = False
     write = staticmethod(write_store)
 
     def __init__(self, folder: Path) -> None:
         from feature_store.reader import FeatureReader
 
-        self.read = FeatureReader(folder, check=self.check).read
+        self.read = FeatureReader(folder, check=self.check, mapped=self.mapped).read
 
 
 class OursSampled(Ours):
@@ -65,6 +66,14 @@ class OursSampled(Ours):
 
 
 class OursAlways(Ours):
+    check: ClassVar = "always"
+
+
+class OursMapped(Ours):
+    mapped: ClassVar = True
+
+
+class OursMappedAlways(OursMapped):
     check: ClassVar = "always"
 
 
@@ -230,6 +239,8 @@ HERE = {
     "ours, no check": Ours,
     "ours, sampled": OursSampled,
     "ours, always": OursAlways,
+    "ours, mapped, no check": OursMapped,
+    "ours, mapped, always": OursMappedAlways,
     "zarr-python": ZarrPython,
     "tensorstore": TensorStore,
     ".npy per video": Npy,

@@ -17,9 +17,9 @@ import numpy as np
 
 from feature_store.arrays import ColumnWriter, write_column
 from feature_store.caption_table import CLIP_COLUMNS
-from feature_store.files import replace_file, seal, write_durable
+from feature_store.files import seal, write_durable
 from feature_store.index import StoreIndex, current_line
-from feature_store.layout import create_store
+from feature_store.layout import CURRENT, SNAPSHOTS, create_store
 from store_bench.corpus import LONGEST, SHORTEST, provenance
 from store_bench.files import read_through
 from store_bench.peers import ROOT
@@ -41,7 +41,7 @@ def make_index(root: Path, videos: int, seed: int = 0) -> None:
     """
     rng = np.random.default_rng(seed)
     meta = create_store(root, provenance())
-    folder = meta.snapshots / "000001"
+    folder = root / SNAPSHOTS / "000001"
     dtypes = {"clip_ntok": "uint16", "tokens": "uint16"}
     streams = {name: ColumnWriter(folder, name, dtypes.get(name, "uint32")) for name in (*CLIP_COLUMNS, "tokens")}
     n_rows = rng.integers(SHORTEST, LONGEST + 1, videos, dtype=np.uint32)
@@ -78,7 +78,7 @@ def make_index(root: Path, videos: int, seed: int = 0) -> None:
     arrays |= {name: write_column(folder, name, values) for name, values in columns.items()}
     body = {"parent": None, "arrays": arrays, "pending": {}, "failed": {}, "captions": {}, "fingerprint": "0" * 32}
     write_durable(folder / "snapshot.json", seal(body))
-    replace_file(root / "CURRENT", current_line(folder.name), meta.staging)
+    meta.storage.replace(CURRENT, current_line(folder.name))
 
 
 def measure(scratch: Path, videos: int, rounds: int) -> tuple[list[Row], dict]:

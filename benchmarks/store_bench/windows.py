@@ -96,6 +96,8 @@ def _window(workers: list[Worker], seed: int) -> list[dict]:
 # it reads a sample, so that its goal is for our default, which checks every 16th read; `always` is told beside it.
 _COMPARISONS = (
     ("ours, no check", "flat memmap", 0.5),
+    ("ours, mapped, no check", "flat memmap", 0.5),
+    ("ours, mapped, always", "ours, mapped, no check", 0.5),
     ("ours, always", "ours, no check", 0.5),
     ("ours, always", "zarr-python", 15),
     ("ours, always", "tensorstore", 1),

@@ -9,7 +9,7 @@ import numpy as np
 import zarr
 
 from feature_store.files import fsync_dir
-from feature_store.layout import create_store, features_json
+from feature_store.layout import create_store, features_json, shard_key
 from feature_store.records import VideoRecord
 from feature_store.writer import ShardAttempt
 from store_bench.corpus import Corpus, provenance, video_id
@@ -81,7 +81,7 @@ def _zarr_python(folder: Path, blocks: list[np.ndarray]) -> float:
     for number, rows in enumerate(blocks):
         first = number * meta.rows_per_shard
         array[first : first + len(rows)] = rows
-        path = meta.shard_path(number)
+        path = folder / shard_key(number)
         with path.open("rb") as file:
             os.fsync(file.fileno())
         for parent in (path.parent, path.parent.parent, path.parent.parent.parent):

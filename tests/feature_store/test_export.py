@@ -18,7 +18,7 @@ from feature_store.file_names import id_of_path, path_of_id
 from feature_store.import_arrays import import_arrays
 from feature_store.import_sources import ArraySources
 from feature_store.index import StoreIndex
-from feature_store.layout import open_store
+from feature_store.layout import open_store, shard_key
 from feature_store.reader import FeatureReader
 from feature_store.verify import verify_store
 from tests.feature_store.store_tools import features, flip_bit, make_store
@@ -112,7 +112,7 @@ def test_other_folders_are_refused(store: Path, tmp_path: Path) -> None:
 def test_damaged_features_are_not_exported(store: Path, tmp_path: Path) -> None:
     index = StoreIndex(store)
     video = int(np.flatnonzero((index.shard == 0) & (index.row == 0))[0])
-    flip_bit(index.meta.shard_path(0), 10)
+    flip_bit(store / shard_key(0), 10)
     with pytest.raises(StoreError, match=f"video {index.video_id(video)}, shard 0.*chunk 0 is damaged"):
         export_npy(store, tmp_path / "out")
 

@@ -122,7 +122,7 @@ def test_only_the_own_arrays_are_touched(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         import_arrays(store, ArraySources([tmp_path / "one"]), CFG, on_progress=stop)
     assert import_arrays(store, ArraySources([tmp_path / "two"]), CFG).ok == 4
-    assert store_info(store)["videos"] == {"planned": 8, "ok": 4, "failed": 0, "open": 4}
+    assert store_info(store)["videos"] == {"planned": 8, "ok": 4, "failed": 0, "open": 4, "deleted": 0}
     assert import_arrays(store, ArraySources([tmp_path / "one"]), CFG).ok == 4
     assert store_info(store)["videos"]["open"] == 0
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from feature_store.index import StoreIndex
 from feature_store.reader import FeatureReader
+from feature_store.shard_source import FileShard, MappedShard, open_shard
 from feature_store.snapshot import finalise
 from tests.feature_store.store_tools import F, features, flip_bit, make_store, write_shards
 from vlm_dist.errors import StoreError
@@ -33,8 +34,10 @@ def test_index_finds_every_video(store: Path, corpus: Corpus) -> None:
     assert index.clip_ptr.tolist() == [0] * (len(ids) + 1)
 
 
-def test_reads_everything_with_few_shards_open(store: Path, corpus: Corpus) -> None:
-    reader = FeatureReader(store, "always", max_open=2)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_reads_everything_with_few_shards_open(store: Path, corpus: Corpus, mapped: bool) -> None:
+    reader = pickle.loads(pickle.dumps(FeatureReader(store, "always", max_open=2, mapped=mapped)))
+    assert type(open_shard(reader.meta, 0, None, reader._mapped)) is (MappedShard if mapped else FileShard)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         for video in range(reader.index.num_videos):
