@@ -67,6 +67,11 @@ def read_plan(meta: StoreMeta) -> list[Segment]:
                 "a file is missing; run `vlm-dist store verify --repair` on the store"
             )
         first_shard += len(segment.tasks)
+    if max(committed_shards(meta), default=-1) >= first_shard:
+        raise StoreError(
+            f"the plan in {meta.place(PLANS)} ends at shard {first_shard}, and later ones are committed: "
+            "a file is missing; run `vlm-dist store verify --repair` on the store"
+        )
     return segments
 
 
@@ -242,9 +247,15 @@ def rebuild_segments(meta: StoreMeta, numbers: Sequence[int], commits: Mapping[i
 
 
 def missing_segments(meta: StoreMeta) -> list[int]:
-    """Numbers that the plan skips."""
+    """Numbers that the plan skips, and the one after the last where shards are committed that no segment has."""
     numbers = segment_numbers(meta)
-    return sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
+    end = max(numbers, default=-1) + 1
+    missing = sorted(set(range(end)) - set(numbers))
+    try:
+        lost = max(committed_shards(meta), default=-1) >= planned_shards(meta)
+    except StoreError:  # the last segment is damaged, and will be made anew as far as the commits go
+        lost = False
+    return [*missing, end] if lost else missing
 
 
 def _create_segment(meta: StoreMeta, segment: Segment) -> bool:

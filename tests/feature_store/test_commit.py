@@ -2,12 +2,8 @@
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -18,7 +14,7 @@ import pytest
 import tensorstore
 import zarr
 
-from feature_store.commit import commit_key, committed_shards, read_commit, staged_attempts
+from feature_store.commit import commit_key, committed_shards, read_commit
 from feature_store.index import StoreIndex
 from feature_store.layout import create_store, open_store, shard_key
 from feature_store.plan import PlannedVideo, plan_videos
@@ -229,71 +225,3 @@ def test_a_failed_write_is_never_followed_by_another(small_disk: Path) -> None:
     attempt.abandon()
     assert not shard_done(small_disk, 0)
     assert not list((small_disk / "_staging").iterdir())
-
-
-WRITER = """
-import sys
-import time
-from pathlib import Path
-from tests.feature_store.store_tools import add_video, features
-from feature_store.plan import PlannedVideo, plan_videos
-from feature_store.snapshot import finalise, snapshot_names
-from feature_store.writer import ShardAttempt, shard_done
-root, salt, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-videos = [PlannedVideo(f"video-{k}", "") for k in range(count)]
-while tasks := plan_videos(root, videos, 2):
-    for task in tasks[salt % 2 :] + tasks[: salt % 2]:
-        if not shard_done(root, task.shard):
-            with ShardAttempt(root, task.shard) as attempt:
-                for video in task.videos:
-                    time.sleep(0.02)
-                    rows = 1 + sum(video.video_id.encode()) * 37 % 1500
-                    add_video(attempt, video, features(video.video_id, rows, salt=salt))
-                attempt.commit()
-    finalise(root)
-finalise(root)
-"""
-
-
-@pytest.mark.slow
-def test_killed_writers_leave_a_whole_store(tmp_path: Path) -> None:
-    """Three writers on the same growing corpus, whose attempts differ in their bits; 20 SIGKILLs; then all end."""
-    root, rng = tmp_path / "store", random.Random(0)
-    create_store(root, provenance(), 2048)
-
-    def start(salt: int) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", WRITER, str(root), str(salt), str(videos_of(salt))]
-        return subprocess.Popen(command, env=environment)
-
-    def videos_of(salt: int) -> int:
-        return 60 + 10 * salt
-
-    running, kills, salt = [start(salt) for salt in range(3)], 0, 3
-    seen: dict[str, bytes] = {}
-    while kills < 20:
-        time.sleep(rng.uniform(0.3, 0.8))
-        victim = rng.randrange(3)
-        running[victim].send_signal(signal.SIGKILL)
-        kills += running[victim].wait() == -signal.SIGKILL
-        now = {path.name: path.read_bytes() for path in (root / "_commits").iterdir()}
-        assert all(now.get(name) == data for name, data in seen.items()), "a committed record changed"
-        seen = now
-        running[victim] = start(salt)
-        salt += 1
-    for process in running:
-        assert process.wait() == 0
-    finalise(root)
-    report = verify_store(root, deep=True)
-    assert (report.problems, report.videos) == ([], videos_of(salt - 1))
-    reader = FeatureReader(root, "always")
-    for video in range(report.videos):
-        video_id = reader.index.video_id(video)
-        rows = 1 + sum(video_id.encode()) * 37 % 1500
-        assert any(np.array_equal(reader.read(video), features(video_id, rows, salt=s)) for s in range(salt))
-    left = [folder.name for *_, folder in staged_attempts(open_store(root))]
-    assert not left
-    report = verify_store(root, repair=True)
-    print(f"{kills} kills, {salt} writers, {report.shards} shards, {report.videos} videos, removed {report.repaired}")
-    assert not report.problems
-    assert not list((root / "_staging").iterdir())

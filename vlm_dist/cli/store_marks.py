@@ -1,0 +1,119 @@
+"""`vlm-dist store delete | split | migrate`: what is said of a store's videos by id, and its schema."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_dist.cli.options import HERE, Json, Overrides, Workspace
+
+Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Video ids.")]
+IdFile = Annotated[
+    Path | None, typer.Option("--videos", metavar="FILE", help="File with video ids (.txt, .lst, .csv, .jsonl).")
+]
+StoreOption = Annotated[Path | None, typer.Option("--store", help="Feature store (default: the workspace's).")]
+
+
+def delete(
+    ids: Ids = None,
+    videos: IdFile = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Bring the videos back.")] = False,
+    store: StoreOption = None,
+    workspace: Workspace = HERE,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Take videos out of a store: readers, training and export do not see them any more.
+
+    Runs that are bound to an older snapshot keep them. Their features stay in the store's files, so that --undo brings
+    them back; no disk space is freed.
+
+    \b
+    Examples:
+      vlm-dist store delete dQw4w9WgXcQ
+      vlm-dist store delete --videos withdrawn.txt --store s3://lab/howto
+      vlm-dist store delete --videos withdrawn.txt --undo
+    """
+    from feature_store.marks import delete_videos
+    from vlm_dist.cli.output import print_json
+
+    report = delete_videos(_root(store, workspace, overrides), _ids(ids, videos), undo)
+    if as_json:
+        print_json(report.model_dump())
+        return
+    unknown = f"; {report.unknown} are not in the store" if report.unknown and not undo else ""
+    print(f"{report.changed} videos {'brought back' if undo else 'deleted'}, {report.marked} are deleted now{unknown}.")
+
+
+def split(
+    name: Annotated[str, typer.Argument(help="Name of the split.")],
+    ids: Ids = None,
+    videos: IdFile = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the split.")] = False,
+    store: StoreOption = None,
+    workspace: Workspace = HERE,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Name a part of a store's videos; `--set split.only=NAME` pre-trains on it alone.
+
+    A split is kept with the store, through later extractions too. Ids whose features are not there yet may be in it.
+
+    \b
+    Examples:
+      vlm-dist store split train-10k --videos train.txt
+      vlm-dist store split train-10k --remove
+    """
+    from feature_store.marks import name_split
+    from vlm_dist.cli.output import print_json
+    from vlm_dist.errors import ConfigError
+
+    if remove and (ids or videos):
+        raise ConfigError("--remove takes no videos: it removes the whole split")
+    report = name_split(_root(store, workspace, overrides), name, None if remove else _ids(ids, videos))
+    if as_json:
+        print_json(report.model_dump())
+    elif remove:
+        print(f"Split {name} is removed." if report.changed else f"There was no split {name}.")
+    else:
+        unknown = f", {report.unknown} of them not in the store yet" if report.unknown else ""
+        print(f"Split {name}: {report.marked} videos{unknown}.")
+
+
+def migrate(
+    store: Annotated[Path | None, typer.Argument(metavar="STORE", help="Feature store of an older schema.")] = None,
+    workspace: Workspace = HERE,
+    overrides: Overrides = None,
+) -> None:
+    """Bring a store of an older schema to this version's; no feature is touched.
+
+    \b
+    Example:
+      vlm-dist store migrate my-store
+    """
+    from feature_store.layout import SCHEMA_VERSION
+    from feature_store.migrate import migrate_store
+
+    root = _root(store, workspace, overrides)
+    done = migrate_store(root)
+    told = (
+        f"went from schema version {done[0]} to {SCHEMA_VERSION}"
+        if done
+        else f"has schema version {SCHEMA_VERSION} already"
+    )
+    print(f"{root} {told}.")
+
+
+def _root(store: Path | None, workspace: Path, overrides: list[str] | None) -> str:
+    from vlm_dist.config import load_settings
+
+    return load_settings(workspace, overrides, {"store": store}).settings.store
+
+
+def _ids(ids: list[str] | None, file: Path | None) -> list[str]:
+    from vlm_dist.data.splits import read_id_list
+    from vlm_dist.errors import ConfigError
+
+    if not ids and file is None:
+        raise ConfigError("which videos? Give their ids, or --videos FILE with one id a line")
+    return [*(ids or ()), *(sorted(read_id_list(file)) if file else ())]
