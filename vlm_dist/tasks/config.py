@@ -17,7 +17,7 @@ class TaskDataConfig(BaseModel):
     )
     ties: Literal["average", "pessimistic", "reference"] = Field(
         default="average",
-        description="Retrieval: rank of equal scores; reference counts every tied place as the code does.",
+        description="Retrieval: equal scores; average over their orders, or every tied place counted as the code does.",
     )
     train_step: int = Field(
         default=8, ge=1, description="Segmentation: seconds between training windows, at most a window (paper: 16)."
