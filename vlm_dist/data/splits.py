@@ -124,7 +124,7 @@ def read_id_list(path: Path, left_out: Collection[int] = (TRAIN,)) -> set[str]:
     else:
         ids = _ids_of_rows(path, left_out)
     if not ids:
-        raise TaskDataError(f"{path} holds no video id to leave out")
+        raise TaskDataError(f"{path} holds no video id that is asked for")
     return ids
 
 
