@@ -112,6 +112,12 @@ def check_missing(
     return sorted(without)
 
 
+def test_coverage(split: np.ndarray, kept: np.ndarray) -> dict[str, int]:
+    """`test_items` and `test_items_missing` of `Misfits`: of items (N,) with these splits, those at `kept` are used."""
+    used = int((split[kept] == TEST).sum())
+    return {"test_items": used, "test_items_missing": int((split == TEST).sum()) - used}
+
+
 def check_overlap(file: Path, ids: Sequence[str], split: np.ndarray) -> None:
     """Refuses a video that is in more than one of training, held-out and test.
 

@@ -29,6 +29,7 @@ from vlm_dist.tasks.items import (
     check_splits,
     hold_out,
     special_ids,
+    test_coverage,
 )
 from vlm_dist.train.config import FinetuneConfig
 
@@ -97,10 +98,7 @@ class RetrievalTask(Task):
             data, where, start, end, n_rows[numbers[kept]], clips.split[kept], cfg.max_missing, training
         )
         kept, start, end = kept[inside], start[inside], end[inside]
-        tested = int((clips.split[kept] == TEST).sum())
-        self._misfits = misfits._replace(
-            missing=missing, test_items=tested, test_items_missing=int((clips.split == TEST).sum()) - tested
-        )
+        self._misfits = misfits._replace(missing=missing, **test_coverage(clips.split, kept))
         self._ids = [clips.video_ids[i] for i in kept]
         self._texts = [clips.texts[i] for i in kept]
         self._reader, self._places, self._videos = reader, model.max_video_len, numbers[kept]

@@ -25,7 +25,15 @@ from vlm_dist.model.vlm import VLM
 from vlm_dist.tasks.annotations import StepAnnotations, read_steps
 from vlm_dist.tasks.base import LossSum, Recipe, Selection, Split, Task, TaskModel
 from vlm_dist.tasks.batches import TaskBatch, frame_text, gather_windows, no_text, pack_texts
-from vlm_dist.tasks.items import Misfits, check_bounds, check_missing, check_splits, hold_out, special_ids
+from vlm_dist.tasks.items import (
+    Misfits,
+    check_bounds,
+    check_missing,
+    check_splits,
+    hold_out,
+    special_ids,
+    test_coverage,
+)
 from vlm_dist.tasks.windows import MergedLogits, Windows
 from vlm_dist.train.config import FinetuneConfig
 
@@ -98,10 +106,7 @@ class SegmentationTask(Task):
         self._seconds = np.asarray(reader.index.n_rows)[self._videos].astype(np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(self._seconds)])
         self._labels, misfits = self._label_seconds(steps, kept, cfg.max_missing, training)
-        tested = int((steps.split[kept] == TEST).sum())
-        self._misfits = misfits._replace(
-            missing=missing, test_items=tested, test_items_missing=int((steps.split == TEST).sum()) - tested
-        )
+        self._misfits = misfits._replace(missing=missing, **test_coverage(steps.split, kept))
         split = hold_out(self._ids, steps.split[kept], cfg)
         check_splits(data, split, cfg, training)
         self._test_videos: dict[Split, np.ndarray] = {
