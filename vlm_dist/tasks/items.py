@@ -112,7 +112,7 @@ def check_missing(
     return sorted(without)
 
 
-def test_coverage(split: np.ndarray, kept: np.ndarray) -> dict[str, int]:
+def coverage_of_test(split: np.ndarray, kept: np.ndarray) -> dict[str, int]:
     """`test_items` and `test_items_missing` of `Misfits`: of items (N,) with these splits, those at `kept` are used."""
     used = int((split[kept] == TEST).sum())
     return {"test_items": used, "test_items_missing": int((split == TEST).sum()) - used}

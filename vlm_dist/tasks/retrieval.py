@@ -27,9 +27,9 @@ from vlm_dist.tasks.items import (
     check_missing,
     check_overlap,
     check_splits,
+    coverage_of_test,
     hold_out,
     special_ids,
-    test_coverage,
 )
 from vlm_dist.train.config import FinetuneConfig
 
@@ -98,7 +98,7 @@ class RetrievalTask(Task):
             data, where, start, end, n_rows[numbers[kept]], clips.split[kept], cfg.max_missing, training
         )
         kept, start, end = kept[inside], start[inside], end[inside]
-        self._misfits = misfits._replace(missing=missing, **test_coverage(clips.split, kept))
+        self._misfits = misfits._replace(missing=missing, **coverage_of_test(clips.split, kept))
         self._ids = [clips.video_ids[i] for i in kept]
         self._texts = [clips.texts[i] for i in kept]
         self._reader, self._places, self._videos = reader, model.max_video_len, numbers[kept]

@@ -30,9 +30,9 @@ from vlm_dist.tasks.items import (
     check_bounds,
     check_missing,
     check_splits,
+    coverage_of_test,
     hold_out,
     special_ids,
-    test_coverage,
 )
 from vlm_dist.tasks.windows import MergedLogits, Windows
 from vlm_dist.train.config import FinetuneConfig
@@ -106,7 +106,7 @@ class SegmentationTask(Task):
         self._seconds = np.asarray(reader.index.n_rows)[self._videos].astype(np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(self._seconds)])
         self._labels, misfits = self._label_seconds(steps, kept, cfg.max_missing, training)
-        self._misfits = misfits._replace(missing=missing, **test_coverage(steps.split, kept))
+        self._misfits = misfits._replace(missing=missing, **coverage_of_test(steps.split, kept))
         split = hold_out(self._ids, steps.split[kept], cfg)
         check_splits(data, split, cfg, training)
         self._test_videos: dict[Split, np.ndarray] = {
