@@ -117,7 +117,7 @@ class Task(ABC):
         Part of the training videos is held out (`cfg.held_out`, by hash of the id) when `cfg.select_on` is "held-out".
 
         Args:
-            data: Annotation file (or folder).
+            data: Annotation file.
             reader: Features of the annotated videos.
             tokenizer: The tokenizer of the checkpoint, not of the store.
             model: Shape of the checkpoint: places, vocabulary, feature width.

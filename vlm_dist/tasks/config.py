@@ -10,7 +10,7 @@ class TaskDataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: str = Field(default="", description="Annotation file or folder.")
+    data: str = Field(default="", description="Annotation file.")
     store: str = Field(default="", description="Feature store of the task's videos; empty takes the workspace's store.")
     unique_captions: bool = Field(
         default=False, description="Retrieval: rank only the first clip of each distinct caption in held-out and test."
