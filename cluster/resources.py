@@ -11,6 +11,8 @@ import psutil
 
 from vlm_dist.errors import ConfigError
 
+_PATIENCE_S = 5.0  # nvidia-smi takes a second; a broken driver lets it hang
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -93,11 +95,38 @@ def _memory_bytes() -> int:
 
 def _gpus() -> tuple[str, ...]:
     """Names of the NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not shutil.which("nvidia-smi"):
-        return ()
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    names = answer.stdout.split("\n") if answer.returncode == 0 else []
-    names = [name.strip() for name in names if name.strip()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return tuple(names if visible is None else names[: len(visible.split(","))])
+    if visible == "" or not shutil.which("nvidia-smi"):
+        return ()
+    query = ["nvidia-smi", "--query-gpu=name,uuid", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # a hanging driver: nothing could be trained on it either
+        return ()
+    lines = [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+    there = [(name, uuid) for name, _, uuid in (line.rpartition(", ") for line in lines)]
+    return tuple(name for name, _ in there) if visible is None else _visible(there, visible)
+
+
+def _visible(there: list[tuple[str, str]], wanted: str) -> tuple[str, ...]:
+    """The GPUs (name, uuid) that an entry of CUDA_VISIBLE_DEVICES names, by CUDA's own rules.
+
+    Entries are numbers or beginnings of uuids. The first that names no GPU ends the list (-1 is used so); a GPU that
+    is named twice leaves none. Parts of GPUs (MIG) are not listed by name: each counts as one.
+    """
+    chosen: list[str] = []
+    names: list[str] = []
+    for entry in map(str.strip, wanted.split(",")):
+        if entry.startswith("MIG-"):
+            found = (entry, entry)
+        elif entry.isdecimal():
+            found = there[int(entry)][::-1] if int(entry) < len(there) else None
+        else:
+            found = next(((uuid, name) for name, uuid in there if entry and uuid.startswith(entry)), None)
+        if found is None:
+            break
+        if found[0] in chosen:
+            return ()
+        chosen.append(found[0])
+        names.append(found[1])
+    return tuple(names)

@@ -1,9 +1,11 @@
 """Runs beside the paper and beside each other (... metrics -> runs -> a table).
 
-Runs that differ in nothing but the seed are one row: mean and spread (sample standard deviation) over n.
+Runs that differ in nothing but the seed are one row: mean and spread (sample standard deviation) over n. What they read
+and where they started counts by content (fingerprint, digest), not by the path where it lies.
 """
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +37,14 @@ METRICS: dict[str, tuple[str, float, int]] = {
 }
 _BASELINES = {"chance_": "chance", "constant_": "constant answer"}
 # What may differ between runs of one row: the seed, and where files lie and work runs.
-_NOT_CONFIG = ("train.seed", "runs", "store", "captions_file", "cluster.")
+_NOT_CONFIG = {
+    "train.seed", "runs", "store", "captions_file", "init", "cluster.ray_address", "cluster.ray_auth",
+    "cluster.tracking_uri", "cluster.num_cpus",
+}  # fmt: skip
+_PLACES = re.compile(r"data\.[^.]+\.(data|store)")  # of each task's annotations and features
+# The content behind those places: features and captions, annotations, who trained on what, the weights at the start.
+_IDENTITY = ("store_fingerprint", "data_digest", "split_digest", "source_model")
+_DIGEST = re.compile(r"[0-9a-f]{16,}")
 _RESULT_KINDS = ("finetune", "evaluate")
 
 
@@ -96,16 +105,21 @@ class _Configs:
     """The settings behind a result: its run's own, and those of the run that trained the model it started from."""
 
     def __init__(self, runs: Iterable[Run]) -> None:
-        self._trained = {checkpoint: run for run in runs if (checkpoint := tag(run, "checkpoint"))}
+        self._runs = {run.info.run_id: run for run in runs}
 
     def of(self, run: Run) -> dict[str, str]:
-        """Setting to value; those of the model's origin carry its kind in front."""
-        config = {key: value for key, value in run.data.params.items() if not key.startswith(_NOT_CONFIG)}
-        source = tag(run, "checkpoint_in")
-        origin = self._trained.get(source)
-        if origin is not None:
-            return config | {f"{tag(origin, 'kind')} {key}": value for key, value in self.of(origin).items()}
-        return config | ({"from": source} if source else {})
+        """Setting to value; those of the model's origin carry its kind in front.
+
+        Where the run that made the model is known, its configuration stands for the weights: they differ by its seed.
+        """
+        params = run.data.params.items()
+        config = {key: value for key, value in params if key not in _NOT_CONFIG and not _PLACES.fullmatch(key)}
+        config |= {name: value for name in _IDENTITY if (value := tag(run, name))}
+        origin = self._runs.get(tag(run, "parent_run"))
+        if origin is None:
+            return config
+        config.pop("source_model", None)
+        return config | {f"{tag(origin, 'kind')} {key}": value for key, value in self.of(origin).items()}
 
 
 def _newest(runs: Iterable[Run], configs: _Configs) -> list[Run]:
@@ -169,6 +183,10 @@ def _form(run: Run) -> str:
     return f"{tag(run, 'kind')} {tag(run, 'form')}".strip()
 
 
+def _short(value: str) -> str:
+    return value[:8] if _DIGEST.fullmatch(value) else value
+
+
 def _labels(groups: list[list[Run]], configs: _Configs) -> list[str]:
     """A name for each group: its form, and the settings in which it differs from the others of that form."""
     labels: list[str] = []
@@ -177,7 +195,7 @@ def _labels(groups: list[list[Run]], configs: _Configs) -> list[str]:
         rivals = [configs.of(other[0]) for other in groups if other is not group and _form(other[0]) == label]
         differing = sorted(key for key, value in mine.items() if any(rival.get(key) != value for rival in rivals))
         if 0 < len(differing) <= 3:
-            label += ", " + ", ".join(f"{key}={mine[key]}" for key in differing)
+            label += ", " + ", ".join(f"{key}={_short(mine[key])}" for key in differing)
         elif rivals:
             label += f", {group[0].info.run_name}"
         labels.append(f"ours: {label}")

@@ -81,16 +81,22 @@ def find_run(uri: str, name: str) -> Run:
     """The run with this name, or whose id starts with this text.
 
     Raises:
-        JobError: There is none, or there are several.
+        JobError: There is none, there are several, or the server cannot be reached.
     """
+    run = lookup_run(uri, name)
+    if run is None:
+        raise JobError(f"no run is called `{name}` or has an id that starts so; `vlm-dist jobs list` shows the runs")
+    return run
+
+
+def lookup_run(uri: str, name: str) -> Run | None:
+    """As `find_run`, but None where there is no such run; other errors are errors."""
     client = connect(uri)
     quoted = name.replace("'", "")
     found = list(_search(client, f"attributes.run_name = '{quoted}'", 10))
     found = found or [run for run in _search(client, "") if len(name) >= 4 and run.info.run_id.startswith(name)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise JobError(f"no run is called `{name}` or has an id that starts so; `vlm-dist jobs list` shows the runs")
+    if len(found) < 2:
+        return found[0] if found else None
     names = ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in found[:5])
     raise JobError(f"`{name}` is more than one run: {names}; give more of the id")
 
@@ -101,6 +107,13 @@ def newest_checkpoint(uri: str, kind: str, task: str = "") -> RunRow | None:
     if task:
         wanted += f" and tags.`{PREFIX}task` = '{task}'"
     return next((_row(run) for run in _search(connect(uri), wanted, 1)), None)
+
+
+def extract_run(uri: str, fingerprint: str) -> str:
+    """Id of the newest finished extraction that left a store of this fingerprint; empty when none is known."""
+    wanted = f"attributes.status = 'FINISHED' and tags.`{PREFIX}kind` = 'extract'"
+    wanted += f" and tags.`{PREFIX}store_fingerprint` = '{fingerprint}'"
+    return next((run.info.run_id for run in _search(connect(uri), wanted, 1)), "")
 
 
 def latest_runs(client: MlflowClient, kinds: tuple[str, ...]) -> list[Run]:
@@ -155,5 +168,5 @@ def _row(run: Run) -> RunRow:
         end_reason=tag(run, "end_reason"),
         error=tag(run, "error"),
         checkpoint=tag(run, "checkpoint"),
-        parent=run.data.tags.get("mlflow.parentRunId", ""),
+        parent=tag(run, "parent_run"),
     )

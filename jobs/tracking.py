@@ -28,6 +28,7 @@ from jobs.writer import RunWriter
 _LOG = logging.getLogger("vlm_dist")
 _METRIC_NAME = re.compile(r"[\w\-. :/]+")
 _LONGEST_PARAM, _LONGEST_TAG = 6000, 8000  # MLflow's limits
+_TAGS_AT_ONCE = 100  # likewise
 _FLUSH_TIMEOUT_S = 60.0
 
 Scalar = str | int | float | bool
@@ -39,7 +40,8 @@ class Tracker:
     def __init__(self, client: MlflowClient, experiment: str, run_id: str, name: str) -> None:
         self.run_id = run_id
         self.name = name
-        self.url = f"{client.tracking_uri}/#/experiments/{experiment}/runs/{run_id}"
+        self.uri = client.tracking_uri
+        self.url = f"{self.uri}/#/experiments/{experiment}/runs/{run_id}"
         self._client = client
         self._writer = RunWriter(client, run_id)
         self._scratch = tempfile.TemporaryDirectory(prefix="vlm-dist-run-")
@@ -105,10 +107,8 @@ def tracked_run(
     *,
     kind: str,
     task: str = "",
-    experiment: str = "",
     params: Mapping[str, Scalar],
     tags: Mapping[str, Scalar] | None = None,
-    parent: str | None = None,
     resume: str | None = None,
 ) -> Generator[Tracker]:
     """Open a run for the block; it ends FINISHED, FAILED (with the root cause) or KILLED (Ctrl-C).
@@ -117,10 +117,8 @@ def tracked_run(
         uri: http address of the tracking server.
         kind: pretrain, finetune, evaluate, extract.
         task: End task, where there is one; it names the experiment.
-        experiment: Another experiment than the one that kind and task stand for.
         params: The resolved config as dotted scalars.
         tags: Further tags (`vlm_dist.store_fingerprint`).
-        parent: Run id of the group that this run belongs to.
         resume: Run id to go on with instead of a new run; changed params become tags `vlm_dist.resume_<n>.<key>`.
 
     Raises:
@@ -128,14 +126,14 @@ def tracked_run(
     """
     client = connect(uri)
     reconcile(uri)
+    told = {f"{PREFIX}kind": kind, f"{PREFIX}task": task} | run_facts() | dict(tags or {})
     try:
-        where = experiment_id(client, experiment or experiment_name(kind, task))
-        opened = _reopen(client, resume, params) if resume else None
-        opened = opened or _create(client, where, kind, task, parent)
+        where = experiment_id(client, experiment_name(kind, task))
+        opened = _reopen(client, resume, params, told) if resume else None
+        opened = opened or _create(client, where, kind, task, told)
     except MlflowException as error:
         raise unreachable(client, error) from error
     tracker = Tracker(client, where, *opened[:2])
-    tracker.tags({f"{PREFIX}kind": kind, f"{PREFIX}task": task} | run_facts() | dict(tags or {}) | opened[3])
     tracker.params({key: value for key, value in params.items() if key not in opened[2]})
     try:
         yield tracker
@@ -161,18 +159,24 @@ def root_cause(error: BaseException) -> BaseException:
         error = inner
 
 
-_Opened = tuple[str, str, set[str], dict[str, Scalar]]
-"""Run id, run name, params that it has already, tags to add."""
+_Opened = tuple[str, str, set[str]]
+"""Run id, run name, params that it has already."""
 
 
-def _create(client: MlflowClient, experiment: str, kind: str, task: str, parent: str | None) -> _Opened:
+def _create(client: MlflowClient, experiment: str, kind: str, task: str, tags: Mapping[str, Scalar]) -> _Opened:
+    """A new run. It carries its tags from its first moment: one without process would say RUNNING for ever."""
     name = "-".join(filter(None, (kind, task, time.strftime("%Y%m%d-%H%M%S"))))
-    run = client.create_run(experiment, run_name=name)
-    return run.info.run_id, name, set(), {"mlflow.parentRunId": parent} if parent else {}
+    run = client.create_run(experiment, run_name=name, tags={key: _cut(str(value)) for key, value in tags.items()})
+    return run.info.run_id, name, set()
 
 
-def _reopen(client: MlflowClient, run_id: str, params: Mapping[str, Scalar]) -> _Opened | None:
-    """The run to go on with; None when this server does not know it (another server, a new database)."""
+def _reopen(
+    client: MlflowClient, run_id: str, params: Mapping[str, Scalar], tags: Mapping[str, Scalar]
+) -> _Opened | None:
+    """The run to go on with; None when this server does not know it (another server, a new database).
+
+    It names its new process before it says RUNNING again, lest another command take it for lost in between.
+    """
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
@@ -182,11 +186,17 @@ def _reopen(client: MlflowClient, run_id: str, params: Mapping[str, Scalar]) -> 
     had = run.data.params
     number = int(run.data.tags.get(f"{PREFIX}resumes", "0")) + 1
     changed = {key: str(value) for key, value in params.items() if key in had and had[key] != str(value)}
-    tags: dict[str, Scalar] = {f"{PREFIX}resume_{number}.{key}": value for key, value in changed.items()}
+    told = dict(tags) | {f"{PREFIX}resume_{number}.{key}": value for key, value in changed.items()}
+    told |= {f"{PREFIX}resumes": number}
+    left = [RunTag(key, _cut(str(value))) for key, value in told.items()]
+    while left:
+        client.log_batch(run_id, tags=left[:_TAGS_AT_ONCE], synchronous=True)
+        left = left[_TAGS_AT_ONCE:]
+    for stale in (f"{PREFIX}error", f"{PREFIX}end_reason"):
+        if stale in run.data.tags:
+            client.delete_tag(run_id, stale)
     client.update_run(run_id, status="RUNNING")
-    if f"{PREFIX}error" in run.data.tags:
-        client.delete_tag(run_id, f"{PREFIX}error")
-    return run_id, run.info.run_name or run_id, set(had), tags | {f"{PREFIX}resumes": number}
+    return run_id, run.info.run_name or run_id, set(had)
 
 
 def _cut(text: str) -> str:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,20 +233,6 @@ def test_interrupted_end_tasks_go_on(folder: Path) -> None:
     assert run_json(folder, "evaluate", "retrieval")["form"] == "fine-tuned"
     assert not [row for row in run_json(folder, "jobs", "list") if row["status"] == "RUNNING"]
     assert not left_behind(folder)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a few MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(mount)], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.decode().strip()}")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=False)
 
 
 def test_a_full_disk_stops_extraction_with_a_valid_store(folder: Path, small_disk: Path, calm: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.mlflow_server import tracking_server
+from jobs.runs import extract_run
 from vlm_dist.cli.app import main
 from vlm_dist.demo.world import render_world
 
@@ -88,8 +89,10 @@ def workspace(folder: Path, capsys: pytest.CaptureFixture[str]) -> Workspace:
 
 @pytest.fixture(scope="module")
 def extracted(folder: Path) -> Path:
-    """The workspace after extraction."""
-    assert main(["extract", str(folder / "world" / "videos"), "--random-weights", "0", "--workspace", str(folder)]) == 0
+    """The workspace after extraction; the captions came later."""
+    words = ["extract", str(folder / "world" / "videos"), "--random-weights", "0", "--workspace", str(folder)]
+    assert main([*words, "--set", "captions_file="]) == 0
+    assert main(words) == 0
     return folder
 
 
@@ -110,6 +113,8 @@ def test_extract_records_broken_videos_and_does_nothing_twice(workspace: Workspa
                         "only_sound": "no_video_stream", "cooking_0000": "duplicate"}  # fmt: skip
     workspace.type("store", "verify", str(extracted / "store"), "--deep")
 
+    with tracking_server(ClusterConfig(), extracted) as uri:
+        assert extract_run(uri, info["fingerprint"]), "captions alone made another store, and that was a run"
     runs = len(workspace.json("jobs", "list"))
     again = workspace.type("extract", str(extracted / "world" / "videos"), "--random-weights", "0")
     assert "Nothing to do" in again
@@ -168,7 +173,12 @@ def test_zero_shot_fine_tuning_and_comparison(workspace: Workspace, pretrained: 
     assert {row["kind"] for row in rows} == {"extract", "pretrain", "finetune", "evaluate"}
     tables = workspace.json("compare")
     assert {table["task"] for table in tables} >= {"retrieval", "segmentation"}
-    assert "recall_at_5" in workspace.json("compare", rows[0]["id"])[0]["metrics"] or len(tables) == 2
+    (table,) = workspace.json("compare", tuned["run"])
+    assert table["task"] == "retrieval"
+    (row,) = [row for row in table["rows"] if row["source"] == "ours"]
+    assert (row["n"], row["runs"]) == (1, [r["name"] for r in rows if r["id"] == tuned["run"]])
+    assert row["values"]["recall_at_5"]["mean"] == tuned["metrics"]["retrieval/recall_at_5"]
+    assert tuned["metrics"]["retrieval/test_items"] > 0 == tuned["metrics"]["retrieval/test_items_missing"]
 
 
 def test_a_run_page_has_config_tags_metrics_and_files(workspace: Workspace, pretrained: Path) -> None:
@@ -181,6 +191,12 @@ def test_a_run_page_has_config_tags_metrics_and_files(workspace: Workspace, pret
         assert run.data.params["train.global_batch"] == "16"
         assert run.data.tags["vlm_dist.store_fingerprint"]
         assert run.data.tags["vlm_dist.versions"]
+        size = {name: run.data.tags[f"vlm_dist.{name}"] for name in ("ranks", "nodes", "gpus", "accumulation", "steps")}
+        assert size == {"ranks": "2", "nodes": "1", "gpus": "0", "accumulation": "1", "steps": "12"}
+        assert run.data.tags["vlm_dist.source_model"] == "scratch"
+        extraction = client.get_run(run.data.tags["vlm_dist.extract_run"])
+        assert extraction.data.tags["vlm_dist.store_fingerprint"] == run.data.tags["vlm_dist.store_fingerprint"]
+        assert "| train/loss |" in run.data.tags["mlflow.note.content"]
         assert [point.step for point in client.get_metric_history(row["id"], "train/loss")] == [4, 8, 12, 12]
         assert "config.resolved.json" in {file.path for file in client.list_artifacts(row["id"])}
 

@@ -26,7 +26,6 @@ from vlm_dist.tasks.config import TaskDataConfig
 from vlm_dist.train.config import FinetuneConfig, TrainConfig
 
 FILE = "vlm-dist.toml"
-STATE = ".vlm-dist"
 ENV_PREFIX = "VLM_DIST_"
 # A path is resolved against the folder of what it was written in; a name may also be a path, when it is there.
 _PATHS = {"store", "runs", "captions_file", "extract.weights", "split.exclude", "data.*.data", "data.*.store"}
@@ -75,11 +74,6 @@ class Resolved:
     settings: Settings
     origins: dict[str, str]
     folder: Path
-
-    @property
-    def state(self) -> Path:
-        """The workspace's hidden folder (tracking database, server, leases)."""
-        return self.folder / STATE
 
 
 def load_settings(

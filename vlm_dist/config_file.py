@@ -1,4 +1,4 @@
-"""Settings as text: the commented vlm-dist.toml of `init`, and a run's resolved config as TOML."""
+"""Settings as text: the commented vlm-dist.toml of `init`."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from vlm_dist.config import FILE, Settings, flatten
+from vlm_dist.config import FILE, Settings
 
 _INTRODUCTION = f"""\
 # {FILE}: the settings of this workspace. Every line below shows a default; take the `# ` away to change it.
@@ -23,21 +23,6 @@ _EXAMPLE = """
 def template() -> str:
     """A vlm-dist.toml with every setting, its meaning and its default, all commented out."""
     return _INTRODUCTION + "\n".join(_section(Settings(), "")) + "\n"
-
-
-def as_toml(settings: Settings) -> str:
-    """The resolved settings as TOML, readable by `load_settings` again (unset values are left out)."""
-    lines: list[str] = []
-    section = ""
-    for key, value in sorted(flatten(settings.model_dump()), key=lambda item: "." in item[0]):
-        head, _, name = key.rpartition(".")
-        if value is None or value == {}:
-            continue
-        if head != section:
-            section = head
-            lines.append(f"\n[{head}]")
-        lines.append(f"{name} = {_literal(value)}")
-    return "\n".join(lines) + "\n"
 
 
 def _section(model: BaseModel, prefix: str) -> Iterator[str]:

@@ -74,10 +74,11 @@ def test_named_runs_that_differ_say_in_what(uri: str) -> None:
 def test_results_of_differently_trained_models_are_not_mixed(uri: str) -> None:
     for seed in (0, 1):
         for share in (0.0, 0.5):
-            folder = f"/runs/mmm-{share}-{seed}/model"
             pretrained = {"train.seed": seed, "masks.mmm_probability": share}
-            _run(uri, "", "pretrain", pretrained, {"train/loss": 1.0}, checkpoint=folder)
-            _run(uri, "retrieval", "evaluate", {}, {"retrieval/recall_at_5": share + seed / 10}, checkpoint_in=folder)
+            _run(uri, "", "pretrain", pretrained, {"train/loss": 1.0})
+            origin = list_runs(uri, 1)[0].id
+            tags = {"parent_run": origin, "source_model": f"digest of {origin}"}
+            _run(uri, "retrieval", "evaluate", {}, {"retrieval/recall_at_5": share + seed / 10}, **tags)
     (newest,) = [table for table in compare(uri) if table.task == "retrieval"]
     assert [(row.n, row.values["recall_at_5"].mean) for row in newest.rows] == [(2, pytest.approx(0.55))]
     ids = [row.id for row in list_runs(uri, 8) if row.kind == "evaluate"]
@@ -86,6 +87,32 @@ def test_results_of_differently_trained_models_are_not_mixed(uri: str) -> None:
         "ours: evaluate, pretrain masks.mmm_probability=0.5": (2, 0.55),
         "ours: evaluate, pretrain masks.mmm_probability=0.0": (2, 0.05),
     }
+
+
+@pytest.mark.parametrize(
+    ("task", "what", "values"),
+    [
+        ("a", "tag source_model", ("scratch", "bert-base-uncased")),
+        ("b", "tag store_fingerprint", ("0a" * 32, "0b" * 32)),
+        ("c", "tag data_digest", ("1a" * 32, "1b" * 32)),
+        ("d", "store_layout.check", ("always", "off")),
+        ("e", "train.seeds_of_another_kind", (1, 2)),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(
+    uri: str, task: str, what: str, values: tuple[object, object]
+) -> None:
+    for value in values:
+        for seed in (0, 1):
+            params: dict[str, object] = {"train.seed": seed, "store": f"/w{seed}", f"data.{task}.data": f"/d{seed}"}
+            tags = {what.removeprefix("tag "): str(value)} if what.startswith("tag ") else {}
+            params |= {} if tags else {what: value}
+            _run(uri, task, "finetune", params, {f"{task}/recall_at_1": 0.5}, **tags)
+    (table,) = compare(uri, [row.id for row in list_runs(uri, 4)])
+    assert [row.n for row in table.rows] == [2, 2]
+    name = what.removeprefix("tag ")
+    shown = [str(value)[:8] if len(str(value)) > 40 else str(value) for value in values]
+    assert {row.label for row in table.rows} == {f"ours: finetune, {name}={value}" for value in shown}
 
 
 def test_the_command_prints_the_papers_table_with_ours(

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from jobs.client import connect
-from jobs.runs import find_run, list_runs, newest_checkpoint, reconcile
+from jobs.runs import extract_run, find_run, list_runs, lookup_run, newest_checkpoint, reconcile
 from jobs.tracking import tracked_run
 from vlm_dist.cli.app import main
 from vlm_dist.errors import JobError
@@ -74,6 +74,17 @@ def test_lists_and_finds(uri: str) -> None:
     assert find_run(uri, second.name).info.run_id == second.run_id
     with pytest.raises(JobError, match="jobs list"):
         find_run(uri, "no-such-run")
+    assert lookup_run(uri, "no-such-run") is None
+    with pytest.raises(JobError, match="cannot be used"):
+        lookup_run("http://127.0.0.1:9", "no-such-run")
+
+
+def test_the_extraction_behind_a_store_is_found_by_its_fingerprint(uri: str) -> None:
+    for fingerprint in ("f1", "f2", "f1"):
+        with tracked_run(uri, kind="extract", params={}, tags={"vlm_dist.store_fingerprint": fingerprint}) as run:
+            pass
+    assert extract_run(uri, "f1") == run.run_id
+    assert extract_run(uri, "f3") == ""
 
 
 def test_jobs_list_prints_a_table_or_json(uri: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """A run's page: what is on it, how it ends, and that nothing is lost when the server is away."""
 
+import os
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from jobs.client import connect, experiment_name
+from jobs.runs import reconcile
 from jobs.tracking import Tracker, root_cause, tracked_run
 from vlm_dist.config import Settings
 from vlm_dist.errors import JobError, TrainingError
@@ -19,7 +21,7 @@ from vlm_dist.errors import JobError, TrainingError
 def test_a_run_keeps_config_metrics_files_and_facts(uri: str, tmp_path: Path) -> None:
     (tmp_path / "plot.txt").write_text("loss")
     tags = {"vlm_dist.store_fingerprint": "f00d", "vlm_dist.checkpoint": "/ckpt"}
-    with tracked_run(uri, kind="pretrain", params=Settings().flat(), tags=tags, parent="0" * 32) as run:
+    with tracked_run(uri, kind="pretrain", params=Settings().flat(), tags=tags) as run:
         for step in range(2500):
             run.metrics({"train/loss": 1 / (step + 1), "train/lr": float("nan")}, step)
         run.artifact(tmp_path / "plot.txt", "plots")
@@ -47,7 +49,6 @@ def test_a_run_keeps_config_metrics_files_and_facts(uri: str, tmp_path: Path) ->
     found = stored.data.tags
     assert found["vlm_dist.end_reason"] == "finished"
     assert found["vlm_dist.store_fingerprint"] == "f00d"
-    assert found["mlflow.parentRunId"] == "0" * 32
     assert found["mlflow.note.content"] == "# What this is"
     for name in ("kind", "task", "git_commit", "git_dirty", "versions", "hardware", "pid", "host", "boot", "command"):
         assert f"vlm_dist.{name}" in found
@@ -94,6 +95,23 @@ def test_an_interrupt_ends_as_killed_and_the_run_can_go_on(uri: str) -> None:
     assert stored.data.params == {"train.seed": "1", "train.max_steps": "5", "train.epochs": "2.0"}
     assert stored.data.tags["vlm_dist.resume_1.train.max_steps"] == "9"
     assert [metric.step for metric in client.get_metric_history(first.run_id, "train/loss")] == [1, 2]
+
+
+def test_a_run_names_its_process_from_its_first_moment(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is queued may never leave: a run that says RUNNING without a process would say so for ever."""
+    client = connect(uri)
+    monkeypatch.setattr("jobs.writer._FLUSH_EVERY_S", 600.0)
+    with tracked_run(uri, kind="pretrain", params={}) as run:
+        tags = client.get_run(run.run_id).data.tags
+        assert tags["vlm_dist.pid"] == str(os.getpid())
+        assert {"vlm_dist.host", "vlm_dist.boot", "vlm_dist.pid_start", "vlm_dist.kind"} <= tags.keys()
+        client.set_tag(run.run_id, "vlm_dist.pid_start", "a process that is gone")
+    with tracked_run(uri, kind="pretrain", params={}, resume=run.run_id) as again:
+        assert again.run_id == run.run_id
+        assert reconcile(uri) == [], "a living run is not lost"
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+        assert "vlm_dist.end_reason" not in client.get_run(run.run_id).data.tags
+    assert client.get_run(run.run_id).info.status == "FINISHED"
 
 
 def test_nothing_is_lost_while_the_server_is_away(uri: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlm_dist.config import FILE, Settings, fields, load_settings, pattern
-from vlm_dist.config_file import as_toml, template
+from vlm_dist.config_file import template
 from vlm_dist.errors import ConfigError
 
 
@@ -44,7 +44,6 @@ def test_a_folder_without_file_has_the_defaults(tmp_path: Path) -> None:
     assert set(resolved.origins.values()) == {"default"}
     assert resolved.settings.store == str(tmp_path / "store")
     assert resolved.settings.init == "bert-base-uncased"
-    assert resolved.state == tmp_path / ".vlm-dist"
 
 
 def test_texts_of_a_shell_become_typed_values(tmp_path: Path) -> None:
@@ -135,14 +134,6 @@ def test_the_template_shows_every_setting_and_means_the_defaults(tmp_path: Path)
     assert Settings.model_validate(table) == Settings()
     names = {key.rpartition(".")[2] for key in fields() if "*" not in key}
     assert all(re.search(rf"^# {name} =", text, re.MULTILINE) for name in names)
-
-
-def test_resolved_settings_survive_a_round_trip_through_toml(tmp_path: Path) -> None:
-    first = load_settings(
-        tmp_path, ["data.coin.data=/x/COIN.json", "split.exclude=/a,/b", "finetune.lr=1e-5"], env={}
-    ).settings
-    _workspace(tmp_path, as_toml(first))
-    assert load_settings(tmp_path, env={}).settings == first
 
 
 def test_flat_settings_are_scalars_under_dotted_keys(tmp_path: Path) -> None:

@@ -84,8 +84,9 @@ class TrainingView:
 
     def __call__(self, kind: str, payload: Any) -> None:
         """Take one event of `vlm_dist.train.ray_trainer.run_training`."""
-        if kind == "plan" and self._bar is None:
-            self._bar = self._stack.enter_context(progress(self.title, payload["steps"], "steps"))
+        if kind == "plan":
+            self.tracker.tags({f"vlm_dist.{name}": value for name, value in payload.items()})
+            self._bar = self._bar or self._stack.enter_context(progress(self.title, payload["steps"], "steps"))
         elif kind == "step":
             self.tracker.metrics(payload.values, payload.step)
             if self._bar:

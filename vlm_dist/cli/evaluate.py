@@ -1,14 +1,16 @@
 """`vlm-dist evaluate TASK`: a model and annotations -> metrics, predictions, pictures."""
 
 import json
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlm_dist.cli.context import Context
-from vlm_dist.cli.models import origin_tags, resolve_model, warn_of_seen_videos
+from vlm_dist.cli.models import Origin, check_origin, find_origin, seen_test_videos
 from vlm_dist.cli.options import HERE, Annotations, Json, Overrides, Source, TaskName, TaskStore, Workspace
 from vlm_dist.cli.output import print_json, print_table, print_warning, prose_on_stderr
 from vlm_dist.errors import ConfigError
@@ -33,13 +35,14 @@ def evaluate(
     """Measure a model on a task's test split.
 
     Without --from, the newest fine-tuned model of the task is taken, or with --zero-shot the newest pre-trained one.
+    A pre-trained model that is named is always measured zero-shot.
 
     \b
     Examples:
       vlm-dist evaluate retrieval --data clips.jsonl
       vlm-dist evaluate retrieval --data MSRVTT_JSFUSION_test.csv --zero-shot --json
     """
-    context = Context.open(workspace, overrides, {"store": store, f"data.{task}.data": data})
+    context = Context.open(workspace, overrides, {f"data.{task}.store": store, f"data.{task}.data": data})
     with prose_on_stderr(as_json):
         result = run_evaluate(context, task, source, zero_shot=zero_shot)
     if as_json:
@@ -55,12 +58,15 @@ def run_evaluate(context: Context, task: str, source: str | None = None, *, zero
     data, store = task_data(context, task), task_store(context, task)
     fingerprint = FeatureReader(store).index.fingerprint
     kind, of = ("pretrain", "") if zero_shot else ("finetune", task)
-    model = resolve_model(context, source, store, context.runs / f".init-{task}", kind, of)
-    seen = warn_of_seen_videos(model, data)
+    origin = find_origin(context, source, kind, of)
+    if zero_shot:
+        _must_be_pretrained(origin)
+    check_origin(context, origin, store)
     folder = context.runs / f"evaluate-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
-    tags = {"vlm_dist.store_fingerprint": fingerprint} | origin_tags(model)
-    tags |= {"vlm_dist.test_videos_seen": str(seen)}
-    with context.tracked("evaluate", task=task, tags=tags) as tracker:
+    tags = task_tags(fingerprint, data, origin)
+    with tempfile.TemporaryDirectory(prefix="vlm-dist-model-") as scratch, ExitStack() as stack:
+        model = origin.model(context, store, Path(scratch))
+        tracker = stack.enter_context(context.tracked("evaluate", task=task, tags=tags))
         tracker.dataset(str(store), fingerprint, "evaluation")
         result, form, loaded = evaluate_model(context, task, model, data, store, folder)
         for line in loaded.misfits.lines:
@@ -68,10 +74,37 @@ def run_evaluate(context: Context, task: str, source: str | None = None, *, zero
         tracker.text(json.dumps(loaded.summary, indent=1), "data.json")
         tracker.tags({"vlm_dist.form": form})
         tracker.metrics(result.metrics, 0)
+        tracker.note(summary_note(f"{task}, {form}: {origin.weights}", result.metrics))
         for file in result.files:
             tracker.artifact(file)
-    return {"run": tracker.run_id, "task": task, "model": str(model), "form": form, "metrics": result.metrics,
+    return {"run": tracker.run_id, "task": task, "model": origin.weights, "form": form, "metrics": result.metrics,
             "predictions": str(result.predictions)}  # fmt: skip
+
+
+def task_tags(fingerprint: str, data: Path, origin: Origin) -> dict[str, str]:
+    """Tags of a result: what was measured on which annotations and features, and whether that is honest."""
+    from vlm_dist.train.checkpoints import digest_file
+
+    facts = {"store_fingerprint": fingerprint, "data_digest": digest_file(data)}
+    facts |= {"test_videos_seen": seen_test_videos(origin, data)}
+    return {f"vlm_dist.{name}": value for name, value in facts.items()} | origin.tags
+
+
+def summary_note(title: str, metrics: dict[str, float]) -> str:
+    """What stands on top of a run's page: its figures as a Markdown table."""
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
+    return f"{title}\n\n| metric | value |\n|---|---|\n{rows}"
+
+
+def _must_be_pretrained(origin: Origin) -> None:
+    from vlm_dist.tasks.checkpoint import fine_tuned_task
+
+    trained_on = fine_tuned_task(Path(origin.weights)) if origin.exported else None
+    if trained_on:
+        raise ConfigError(
+            f"--zero-shot measures a model that was not fine-tuned, and {origin.weights} was, on {trained_on}: leave "
+            "--from or --zero-shot out, or name a pre-trained model"
+        )
 
 
 def evaluate_model(
@@ -101,8 +134,8 @@ def task_data(context: Context, task: str) -> Path:
     if options is None or not options.data:
         raise ConfigError(f"no annotations for {task}: give --data FILE, or set [data.{task}] data in vlm-dist.toml")
     path = Path(options.data)
-    if not path.exists():
-        raise ConfigError(f"the annotations of {task}, {path}, do not exist")
+    if not path.is_file():
+        raise ConfigError(f"the annotations of {task}, {path}, are not there, or no file")
     return path
 
 

@@ -200,8 +200,14 @@ def _again(context: Context, videos: list["PlannedVideo"], captions: Path | None
     print_captions(report)
     print_failures(broken)
     info = store_info(context.store)
+    run = None
+    if report and report.changed:  # another fingerprint: what is trained on it finds its origin among the runs
+        with context.tracked("extract") as tracker:
+            tracker.tags({"vlm_dist.store_fingerprint": info["fingerprint"], "vlm_dist.store": str(context.store)})
+            tracker.metrics({"extract/captions": report.clips}, 0)
+            run = tracker.run_id
     return {"store": str(context.store), "ok": info["videos"]["ok"], "failed": len(broken), "nothing_to_do": True,
-            "fingerprint": info["fingerprint"], "run": None}  # fmt: skip
+            "fingerprint": info["fingerprint"], "run": run}  # fmt: skip
 
 
 def _weights(context: Context, random_seed: int | None) -> Path | None:

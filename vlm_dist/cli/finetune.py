@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.cli.context import Context, TrainingView
-from vlm_dist.cli.evaluate import evaluate_model, print_metrics, task_data, task_store
-from vlm_dist.cli.models import origin_tags, resolve_model, warn_of_seen_videos
+from vlm_dist.cli.evaluate import (
+    evaluate_model,
+    print_metrics,
+    summary_note,
+    task_data,
+    task_store,
+    task_tags,
+)
+from vlm_dist.cli.models import check_origin, find_origin
 from vlm_dist.cli.options import (
     HERE,
     Annotations,
@@ -23,7 +30,7 @@ from vlm_dist.cli.options import (
     Workspace,
 )
 from vlm_dist.cli.output import duration, print_json, prose_on_stderr
-from vlm_dist.cli.workers import resolve_workers
+from vlm_dist.cli.workers import resolve_workers, worker_tags
 
 
 def finetune(
@@ -49,7 +56,7 @@ def finetune(
       vlm-dist finetune retrieval --data clips.jsonl
       vlm-dist finetune coin --data COIN.json --from pretrain-3f9a12c4
     """
-    context = Context.open(workspace, overrides, {"store": store, f"data.{task}.data": data})
+    context = Context.open(workspace, overrides, {f"data.{task}.store": store, f"data.{task}.data": data})
     with prose_on_stderr(as_json):
         result = run_finetune(context, task, source, nodes, gpus, workers, new=new)
     if as_json:
@@ -70,7 +77,6 @@ def run_finetune(
     from cluster.ray_local import ray_session
     from feature_store.reader import FeatureReader
     from vlm_dist.tasks.registry import make_task
-    from vlm_dist.train.checkpoints import digest_file
     from vlm_dist.train.finetune import FinetuneJob
     from vlm_dist.train.ray_trainer import run_training
     from vlm_dist.train.run_folder import RunFolder
@@ -81,13 +87,14 @@ def run_finetune(
     data, store = task_data(context, task), task_store(context, task)
     index = FeatureReader(store).index
     fingerprint = index.fingerprint
-    model = resolve_model(context, source, store, context.runs / f".init-{task}", "pretrain")
-    seen = warn_of_seen_videos(model, data)
+    origin = find_origin(context, source, "pretrain")
+    check_origin(context, origin, store)
+    tags = task_tags(fingerprint, data, origin)
     identity = {
-        "task": task, "store": fingerprint, "data": digest_file(data) if data.is_file() else str(data),
-        "model": digest_file(model / "model.safetensors"), "options": options.model_dump(),
-        "finetune": settings.finetune.model_dump(), "optim": settings.train.optim.model_dump(),
-        "seed": settings.train.seed, "precision": settings.train.precision,
+        "task": task, "store": fingerprint, "data": tags["vlm_dist.data_digest"], "model": origin.identity,
+        "made_with": None if origin.exported else [settings.model.model_dump(), settings.captions.tokenizer],
+        "options": options.model_dump(exclude={"data", "store"}), "finetune": settings.finetune.model_dump(),
+        "optim": settings.train.optim.model_dump(), "seed": settings.train.seed, "precision": settings.train.precision,
     }  # fmt: skip
     folder = RunFolder.for_identity(context.runs, f"finetune-{task}", identity, new=new)
     if folder.finished:
@@ -96,14 +103,14 @@ def run_finetune(
         print_metrics(task, metrics)
         return {"run": folder.record.get("run"), "model": str(folder.model), "metrics": metrics}
     with folder.locked():
-        folder.write(identity=identity, status="unfinished", source=str(model))
+        folder.write(identity=identity, status="unfinished", source=origin.weights)
+        model = origin.model(context, store, folder.path / "init")
         job = FinetuneJob(task=task, options=options, data=str(data), store=str(store), snapshot=index.name,
                           check=settings.store_layout.check, model=str(model),
                           out=str(folder.path), train=settings.train, finetune=settings.finetune)  # fmt: skip
         with ray_session(settings.cluster) as machines:
             ranks = resolve_workers(machines, nodes, gpus, workers)
-            tags = {"vlm_dist.store_fingerprint": fingerprint, "vlm_dist.run_folder": str(folder.path)}
-            tags |= origin_tags(model) | {"vlm_dist.test_videos_seen": str(seen)}
+            tags |= worker_tags(nodes, ranks) | {"vlm_dist.run_folder": str(folder.path)}
             with context.tracked("finetune", task=task, tags=tags, resume=folder.record.get("run")) as tracker:
                 folder.write(run=tracker.run_id)
                 tracker.dataset(str(store), fingerprint)
@@ -115,6 +122,7 @@ def run_finetune(
                 tracker.text(json.dumps(loaded.summary, indent=1), "data.json")
                 tracker.tags({"vlm_dist.checkpoint": outcome.model})
                 tracker.metrics(result.metrics, outcome.step)
+                tracker.note(summary_note(f"{task}, fine-tuned from {origin.weights}", result.metrics))
                 for file in result.files:
                     tracker.artifact(file, "test")
         folder.write(status="finished", metrics=result.metrics, outcome=asdict(outcome))

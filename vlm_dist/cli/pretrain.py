@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm_dist.cli.context import Context, TrainingView
-from vlm_dist.cli.models import make_model
+from vlm_dist.cli.evaluate import summary_note
+from vlm_dist.cli.models import check_origin, find_origin, make_model
 from vlm_dist.cli.options import HERE, CpuWorkers, Gpus, Json, New, Nodes, Overrides, Workspace
 from vlm_dist.cli.output import duration, print_json, print_table, print_warning, prose_on_stderr
-from vlm_dist.cli.workers import resolve_workers
+from vlm_dist.cli.workers import resolve_workers, worker_tags
 from vlm_dist.errors import StoreError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def run_pretrain(
     """Pre-train (or go on, or find it done) as a tracked run; prints what happened and returns it."""
     from cluster.ray_local import ray_session
     from feature_store.reader import FeatureReader
+    from jobs.runs import extract_run
     from vlm_dist.model.checkpoint import is_exported
     from vlm_dist.train.pretrain import PretrainJob
     from vlm_dist.train.ray_trainer import run_training
@@ -66,9 +68,11 @@ def run_pretrain(
         raise StoreError(
             f"{store} has no captions, and pre-training needs them: run `vlm-dist extract` with --captions"
         )
+    origin = find_origin(context, settings.init)
+    check_origin(context, origin, store)
     split = _split(context, index)
     identity = {
-        "store": index.fingerprint, "init": settings.init, "model": settings.model.model_dump(),
+        "store": index.fingerprint, "init": origin.identity, "model": settings.model.model_dump(),
         "clips": settings.clips.model_dump(), "masks": settings.masks.model_dump(),
         "videos": split_digest(split), "train": _what_is_trained(settings.train.model_dump()),
     }  # fmt: skip
@@ -83,7 +87,7 @@ def run_pretrain(
     with folder.locked():
         _write_split(split, folder.path / "split.npz")
         if not is_exported(folder.path / "init"):  # made once: what does not fit is said before a cluster is asked for
-            make_model(context, settings.init, store, folder.path / "init")
+            make_model(context, origin.weights, store, folder.path / "init")
         folder.write(identity=identity, status="unfinished", store=str(store), snapshot=index.name)
         job = PretrainJob(
             store=str(store), snapshot=index.name, check=settings.store_layout.check,
@@ -93,14 +97,18 @@ def run_pretrain(
         with ray_session(settings.cluster) as machines:
             ranks = resolve_workers(machines, nodes, gpus, workers)
             tags = {"vlm_dist.store_fingerprint": index.fingerprint, "vlm_dist.run_folder": str(folder.path)}
+            tags |= {"vlm_dist.split_digest": identity["videos"]} | origin.tags | worker_tags(nodes, ranks)
             with context.tracked("pretrain", tags=tags, resume=folder.record.get("run")) as tracker:
                 folder.write(run=tracker.run_id)
+                if extracted := extract_run(tracker.uri, index.fingerprint):
+                    tracker.tags({"vlm_dist.extract_run": extracted})
                 tracker.dataset(str(store), index.fingerprint)
                 with TrainingView("pretrain", tracker) as view:
                     outcome = run_training(job, ranks, view)
                 tracker.tags({"vlm_dist.checkpoint": outcome.model})
                 metrics = {key: value for key, value in outcome.metrics.items() if key != "step"}
                 tracker.metrics(metrics, outcome.step)
+                tracker.note(summary_note(f"pre-trained {outcome.step} steps from {origin.weights}", metrics))
         folder.write(status="finished", metrics=metrics, outcome=asdict(outcome))
     spent = f"{duration(outcome.train_seconds)} on {ranks.count} workers"
     print(f"Pre-trained {outcome.step} steps in {spent}: {outcome.model}")
@@ -110,7 +118,7 @@ def run_pretrain(
 def _what_is_trained(train: dict[str, Any]) -> dict[str, Any]:
     """The training settings that decide the result; how the work is split and logged does not."""
     how = {"micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "max_failures", "threads", "timeout_s",
-           "zero_stage", "nce_chunk", "validate_every"}  # fmt: skip
+           "zero_stage", "nce_chunk", "allow_other_features"}  # fmt: skip
     return {key: value for key, value in train.items() if key not in how}
 
 

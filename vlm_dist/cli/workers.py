@@ -9,6 +9,11 @@ if TYPE_CHECKING:
     from vlm_dist.train.ray_trainer import Workers
 
 
+def worker_tags(nodes: int, workers: "Workers") -> dict[str, str]:
+    """Tags that say what a run was trained on; ranks, accumulation and steps follow when the ranks tell them."""
+    return {"vlm_dist.nodes": str(nodes), "vlm_dist.gpus": str(workers.count if workers.use_gpu else 0)}
+
+
 def resolve_workers(have: list["NodeResources"], nodes: int, gpus: int | None, workers: int) -> "Workers":
     """Ranks for a training run.
 

@@ -45,11 +45,6 @@ class GlobalOrder:
         """Videos of one update."""
         return self.global_batch // self.clips_per_video
 
-    @property
-    def updates_per_epoch(self) -> float:
-        """Updates of one pass over the videos, as a fraction: 2,500 videos at 64 an update are 39.06."""
-        return len(self.videos) / self.visits_per_update
-
     def keys(self, update: int, first: int = 0, last: int | None = None) -> ClipKeys:
         """The clips first..last of update number `update` (from 0): any rank takes any slice of the global batch."""
         clips = np.arange(first, self.global_batch if last is None else last, dtype=np.int64)

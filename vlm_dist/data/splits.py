@@ -1,21 +1,28 @@
 """Which videos of a store train, which are held out, and which never train (paper 5.1.1, 5.1.2)."""
 
-import csv
-import gzip
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlm_dist.data.config import SplitConfig
-from vlm_dist.errors import ConfigError
-
-_TRAINING = {"train", "training"}
+from vlm_dist.data.records import (
+    DOCUMENT,
+    IDS,
+    TRAIN,
+    form_of,
+    iter_rows,
+    read_database,
+    read_text,
+    refuse,
+    split_of,
+    text_of,
+)
+from vlm_dist.errors import ConfigError, TaskDataError
 
 
 class VideoIndex(Protocol):
@@ -98,42 +105,45 @@ def split_videos(index: VideoIndex, cfg: SplitConfig, known: Mapping[str, Set[st
     return split
 
 
-def read_id_list(path: Path) -> set[str]:
-    """Read the video ids of one list or evaluation split.
+def read_id_list(path: Path, left_out: Collection[int] = (TRAIN,)) -> set[str]:
+    """Read the video ids of one list or evaluation split (forms and endings: see `data.records`).
 
-    Forms: .lst or .txt, one id per line; .csv (commas or semicolons) and .jsonl with video_id, where rows of a training
-    split are skipped if there is a split; .json or .json.gz as COIN's, all subsets but training.
+    Args:
+        path: of the list. Rows of a table or of JSON lines may have a `split`, entries of a COIN file a `subset`.
+        left_out: splits whose videos are not wanted; what belongs to no split is.
 
     Raises:
-        ConfigError: the file is absent, of another form, or holds no id.
+        TaskDataError: the file is absent, of another form, or holds no id.
     """
-    try:
-        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the id list {path}: {error}") from error
-    form = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    try:
-        if form in (".lst", ".txt"):
-            ids = {line.strip() for line in text.splitlines() if line.strip()}
-        elif form == ".csv":
-            header = text.partition("\n")[0]
-            ids = _of_rows(csv.DictReader(text.splitlines(), delimiter=";" if ";" in header else ","))
-        elif form == ".jsonl":
-            ids = _of_rows(json.loads(line) for line in text.splitlines() if line.strip())
-        elif form == ".json":
-            videos = json.loads(text)["database"]
-            ids = {name for name, video in videos.items() if video.get("subset") not in _TRAINING}
-        else:
-            raise ConfigError(f"{path}: an id list is a .lst, .txt, .csv, .jsonl or COIN .json file")
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} is not in its form ({type(error).__name__}: {error})") from error
+    form = form_of(path)
+    if form == IDS:
+        ids = {line.strip() for line in read_text(path, "one video id per line").splitlines() if line.strip()}
+    elif form == DOCUMENT:
+        schema = '{"database": {video_id: {"subset": "training" | "testing"}}}'
+        ids = {v for v, entry in read_database(path, schema).items() if split_of(entry.get("subset")) not in left_out}
+    else:
+        ids = _ids_of_rows(path, left_out)
     if not ids:
-        raise ConfigError(f"{path} holds no video id to leave out")
+        raise TaskDataError(f"{path} holds no video id that is asked for")
     return ids
 
 
-def _of_rows(rows: Iterable[Mapping[str, Any]]) -> set[str]:
-    return {str(row["video_id"]) for row in rows if row.get("split") not in _TRAINING}
+def _ids_of_rows(path: Path, left_out: Collection[int]) -> set[str]:
+    schema = "rows with a video_id, and perhaps a split"
+    ids: set[str] = set()
+    problems: list[str] = []
+    for line, row in iter_rows(path, schema, ("video_id",)):
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            video = text_of(row, "video_id")
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+            continue
+        if split_of(row.get("split")) not in left_out:
+            ids.add(video)
+    refuse(path, problems, schema)
+    return ids
 
 
 def _place(video_id: bytes) -> float:

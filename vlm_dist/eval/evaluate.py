@@ -6,10 +6,8 @@ from pathlib import Path
 
 import torch
 
-from vlm_dist.eval.predictions import Predictions, read_predictions, write_predictions, write_table
+from vlm_dist.eval.predictions import write_predictions, write_table
 from vlm_dist.tasks.base import Split, Task, TaskModel
-from vlm_dist.tasks.config import TaskDataConfig
-from vlm_dist.tasks.registry import make_task
 
 
 @dataclass(frozen=True)
@@ -17,8 +15,8 @@ class EvaluationResult:
     """What an evaluation found, and the files it left.
 
     Attributes:
-        metrics: By MLflow-legal name.
-        predictions: The .npz that scores again (`score`).
+        metrics: By MLflow-legal name; `test_items` were measured, `test_items_missing` have no features.
+        predictions: The .npz with all that was predicted.
         table: JSONL, one row per example.
         pictures: PNG files.
     """
@@ -52,21 +50,8 @@ def evaluate(
     """
     predictions = task.predict(model, split, device, batch)
     path = write_predictions(predictions, folder / f"{task.name}_{split}.npz")
-    return _report(task, predictions, path, folder)
-
-
-def score(path: Path, folder: Path, options: TaskDataConfig | None = None) -> EvaluationResult:
-    """Scores stored predictions again, without model, annotations or features.
-
-    Raises:
-        TaskDataError: No predictions file of this version.
-        ConfigError: Predictions of a task that this version does not know.
-    """
-    predictions = read_predictions(path)
-    return _report(make_task(predictions.task, options), predictions, path, folder)
-
-
-def _report(task: Task, predictions: Predictions, path: Path, folder: Path) -> EvaluationResult:
-    metrics = task.metrics(predictions)
-    table = write_table(task.examples(predictions), folder / f"{task.name}_{predictions.split}.jsonl")
+    table = write_table(task.examples(predictions), folder / f"{task.name}_{split}.jsonl")
+    # How much of the test was measured stands beside what was measured.
+    items = {"test_items": task.misfits.test_items, "test_items_missing": task.misfits.test_items_missing}
+    metrics = task.metrics(predictions) | {f"{task.name}/{name}": float(value) for name, value in items.items()}
     return EvaluationResult(metrics, path, table, task.pictures(predictions, folder))

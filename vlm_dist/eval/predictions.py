@@ -1,15 +1,12 @@
-"""Predictions on disk, which score again without model or store (… tasks → predictions → metrics → runs)."""
+"""Predictions in memory and on disk (… tasks → predictions → metrics → runs)."""
 
 import json
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from vlm_dist.errors import TaskDataError
 
 FORMAT = 1
 
@@ -38,26 +35,6 @@ def write_predictions(predictions: Predictions, path: Path) -> Path:
     with path.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, header=_bytes(header), **predictions.arrays)
     return path
-
-
-def read_predictions(path: Path) -> Predictions:
-    """Reads what `write_predictions` wrote.
-
-    Raises:
-        TaskDataError: The file is absent, no predictions file, or of another format.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays.pop("header").tobytes())
-        form = header["format"]
-    except FileNotFoundError as error:
-        raise TaskDataError(f"{path}: no such predictions file; `vlm-dist evaluate` writes one") from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise TaskDataError(f"{path}: not a predictions file of vlm-dist ({error})") from error
-    if form != FORMAT:
-        raise TaskDataError(f"{path}: predictions of format {form}, this version reads {FORMAT}; evaluate again")
-    return Predictions(header["task"], header["split"], arrays, header["info"])
 
 
 def _bytes(document: dict[str, Any]) -> np.ndarray:

@@ -1,28 +1,12 @@
 """The retrieval losses: the right video for a text and the right text for a video, in one batch (facts 4.1)."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 
-@dataclass(frozen=True)
-class ContrastiveSums:
-    """Sum of the rows' losses (scalar with graph), rows, and rows whose own partner scores highest."""
-
-    loss_sum: Tensor
-    num: int
-    correct: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """The loss as the reference states it."""
-        return self.loss_sum / max(self.num, 1)
-
-
-def text_to_video(pooled_text: Tensor, pooled_video: Tensor) -> ContrastiveSums:
-    """Softmax over the batch's videos for each text; scores are raw dot products.
+def text_to_video(pooled_text: Tensor, pooled_video: Tensor) -> Tensor:
+    """Softmax over the batch's videos for each text, summed over the texts; scores are raw dot products.
 
     Args:
         pooled_text: (B, D), row i belongs to video i.
@@ -31,15 +15,14 @@ def text_to_video(pooled_text: Tensor, pooled_video: Tensor) -> ContrastiveSums:
     return _contrast(pooled_text, pooled_video)
 
 
-def video_to_text(pooled_text: Tensor, pooled_video: Tensor) -> ContrastiveSums:
-    """Softmax over the batch's texts for each video; arguments as in `text_to_video`."""
+def video_to_text(pooled_text: Tensor, pooled_video: Tensor) -> Tensor:
+    """Softmax over the batch's texts for each video, summed over the videos; arguments as in `text_to_video`."""
     return _contrast(pooled_video, pooled_text)
 
 
-def _contrast(queries: Tensor, keys: Tensor) -> ContrastiveSums:
+def _contrast(queries: Tensor, keys: Tensor) -> Tensor:
     scores = queries @ keys.T
     # Half-precision scores would lose the differences that the softmax is about.
     scores = scores if scores.dtype == torch.float64 else scores.float()
     labels = torch.arange(len(queries), device=queries.device)
-    loss = cross_entropy(scores, labels, reduction="sum")
-    return ContrastiveSums(loss, len(queries), (scores.argmax(1) == labels).sum())
+    return cross_entropy(scores, labels, reduction="sum")

@@ -1,7 +1,8 @@
 """Recall@k and median rank of text-video retrieval, block by block (… predictions → metrics → runs).
 
 Reference facts 4.1: the score is a raw dot product, and every tied place of a row counts as one more query. That last
-part is a defect (queries with many ties weigh more), so the default here is the mean of the tied ranks instead.
+part is a defect (queries with many ties weigh more), so by default every query counts once, with what a random order of
+its tied candidates gives on average. A collapsed model, whose scores are all equal, is then exactly at chance.
 """
 
 from typing import Literal, NamedTuple
@@ -82,12 +83,23 @@ def ranks(counts: RankCounts, ties: Ties = "average") -> np.ndarray:
 
 
 def retrieval_metrics(counts: RankCounts, ties: Ties = "average") -> dict[str, float]:
-    """Recall@1, 5, 10 (share of ranks below k), median rank (1-based) and mean reciprocal rank."""
+    """Recall@1, 5, 10 (share of ranks below k), median rank (1-based) and mean reciprocal rank.
+
+    Under `average`, recalls and reciprocal rank are expectations over the orders of the tied candidates: a right answer
+    that shares ten places with nine others is in the first five half the time. The median is that of the mean ranks.
+    """
     rank = ranks(counts, ties)
-    recalls = {f"recall_at_{k}": float(np.mean(rank < k)) for k in RECALLS}
-    return recalls | {
+    if ties == "average":
+        places = counts.tied + 1
+        recalls = {k: np.clip((k - counts.above) / places, 0, 1) for k in RECALLS}
+        harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, (counts.above + places).max() + 1))])
+        reciprocal = (harmonic[counts.above + places] - harmonic[counts.above]) / places
+    else:
+        recalls = {k: rank < k for k in RECALLS}
+        reciprocal = 1 / (rank + 1)
+    return {f"recall_at_{k}": float(np.mean(found)) for k, found in recalls.items()} | {
         "median_rank": float(np.median(rank) + 1),
-        "mean_reciprocal_rank": float(np.mean(1 / (rank + 1))),
+        "mean_reciprocal_rank": float(np.mean(reciprocal)),
     }
 
 

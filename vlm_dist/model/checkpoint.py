@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm_dist.errors import CheckpointError
 from vlm_dist.model.config import ModelConfig
 from vlm_dist.model.foreign import ForeignWeights, read_bert, read_json, read_reference, read_safetensors
+from vlm_dist.model.origin import TrainedOn
 from vlm_dist.model.vlm import VLM
 
 if TYPE_CHECKING:
+    from feature_store.records import Provenance
     from feature_store.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -54,19 +57,16 @@ def build_vlm(init: str, config: ModelConfig, vocab_size: int, feature_dim: int,
     wanted = {"vocab_size": vocab_size, "feature_dim": feature_dim}
     if init == "scratch":
         return _fresh(_sized(config, wanted, init), seed)
-    path = Path(init).expanduser()
+    path = locate(init)
+    fresh: tuple[str, ...] = ()
     if path.is_file():
         weights = read_reference(path)
-        fresh: tuple[str, ...] = ()
+    elif is_exported(path):
+        own, tensors = _read_own(path)
+        weights = ForeignWeights({**own.model_dump(), "dropout": config.dropout}, tensors)
     else:
-        path = path if path.is_dir() else _download(init)
-        if is_exported(path):
-            own, tensors = _read_own(path)
-            weights = ForeignWeights({**own.model_dump(), "dropout": config.dropout}, tensors)
-            fresh = ()
-        else:
-            weights = read_bert(path)
-            fresh = ("video_mlp.", "head.")
+        weights = read_bert(path)
+        fresh = ("video_mlp.", "head.")
     for name, size in wanted.items():
         if weights.sizes.get(name, size) != size:
             what = "word pieces" if name == "vocab_size" else "feature width"
@@ -90,14 +90,40 @@ def build_vlm(init: str, config: ModelConfig, vocab_size: int, feature_dim: int,
     return model
 
 
-def save_vlm(model: VLM, tokenizer: "Tokenizer", folder: Path) -> None:
-    """Write model.safetensors, config.json and the tokenizer's files into a folder, for `load` and `build_vlm`."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_vlm(
+    model: VLM,
+    tokenizer: "Tokenizer",
+    folder: Path,
+    *,
+    features: "Provenance | None" = None,
+    trained_on: TrainedOn | None = None,
+) -> None:
+    """Write model.safetensors, config.json and the tokenizer's files into a folder, for `load` and `build_vlm`.
+
+    Args:
+        model: weights and sizes.
+        tokenizer: of its texts.
+        folder: is made.
+        features: what made the features that it was trained on, for `origin.check_features`.
+        trained_on: the videos that it was trained on, for `origin.read_trained_on`.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(folder)
     described = {"format": _FORMAT, "model": model.config.model_dump()}
-    (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    if features is not None:
+        described["features"] = features.model_dump(mode="json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save(folder)
+        if trained_on is not None:
+            trained_on.write(folder)
+        # Last: a folder with this file is whole.
+        (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the model could not be written to {folder}: {error}") from error
 
 
 def load(path: str | Path) -> LoadedVLM:
@@ -136,8 +162,17 @@ def _read_own(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, read_safetensors(folder / "model.safetensors")
 
 
+def locate(init: str) -> Path:
+    """The file or folder that `init` names: here, or a Hugging Face BERT in the local cache, fetched if need be.
+
+    Raises:
+        CheckpointError: there is no such file, folder or model.
+    """
+    path = Path(init).expanduser()
+    return path if path.exists() else _download(init)
+
+
 def _download(name: str) -> Path:
-    """The folder of a Hugging Face BERT in the local cache, fetched if it is not there yet."""
     from huggingface_hub import snapshot_download
 
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in (".pt", ".pth", ".bin"):

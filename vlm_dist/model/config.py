@@ -18,7 +18,7 @@ class ModelConfig(BaseModel):
     num_heads: int = Field(default=12, ge=1, description="Attention heads H.")
     intermediate_size: int = Field(default=3072, ge=1, description="Width of the feed-forward layers.")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout of hidden states and attention weights.")
-    activation: str = Field(
+    activation: Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish"] = Field(
         default="gelu", description="Activation of BERT's feed-forward layers and head, by BERT's name."
     )
     layer_norm_eps: float = Field(default=1e-12, gt=0, description="Epsilon of BERT's LayerNorm.")

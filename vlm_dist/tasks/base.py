@@ -59,7 +59,6 @@ class LossSum(NamedTuple):
 
     The caller back-propagates `sum * W / N`, with W ranks whose gradients get averaged and N the sum of `terms` over
     all ranks (and accumulation steps): that is the gradient of the mean over the global batch, however it is split.
-    `terms` equals the batch's `num_terms`.
     """
 
     sum: torch.Tensor
@@ -86,7 +85,7 @@ class Task(ABC):
     """One end task. After `load` it never changes.
 
     Attributes:
-        name: What the user types; also the MLflow experiment's name and the prefix of all metrics.
+        name: What the user types; also in the MLflow experiment's name, and the prefix of all metrics.
         kind: Task family (`retrieval`, `segmentation`, later `qa`, `localization`, `captioning`).
         recipe: Defaults of batch, epochs, learning rate and warm-up.
     """
@@ -97,11 +96,6 @@ class Task(ABC):
 
     def __init__(self, options: TaskDataConfig | None = None) -> None:
         self.options = options or TaskDataConfig()
-
-    @property
-    def experiment(self) -> str:
-        """MLflow experiment that holds this task's runs and nothing else."""
-        return self.name
 
     @property
     @abstractmethod
@@ -123,12 +117,12 @@ class Task(ABC):
         Part of the training videos is held out (`cfg.held_out`, by hash of the id) when `cfg.select_on` is "held-out".
 
         Args:
-            data: Annotation file (or folder).
+            data: Annotation file.
             reader: Features of the annotated videos.
             tokenizer: The tokenizer of the checkpoint, not of the store.
             model: Shape of the checkpoint: places, vocabulary, feature width.
             cfg: Held-out share and how many items may lack features.
-            training: False when only the test items are needed; then a file without training items is fine.
+            training: False when only the test items are needed; then nothing of the other splits is missed.
 
         Raises:
             TaskDataError: Files that are missing or malformed, labels out of range, videos in both training and test,
@@ -140,6 +134,11 @@ class Task(ABC):
     @abstractmethod
     def num_train_items(self) -> int:
         """Training items (held-out ones not counted); item numbers are 0 … num_train_items - 1."""
+
+    @property
+    @abstractmethod
+    def train_videos(self) -> list[str]:
+        """Ids of the videos that the training items are from, each once: an exported model keeps them."""
 
     @property
     @abstractmethod
@@ -182,7 +181,7 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, predictions: Predictions) -> dict[str, float]:
-        """Metrics by MLflow-legal name (`retrieval/recall_at_5`); needs no `load`, so stored predictions re-score."""
+        """Metrics by MLflow-legal name (`retrieval/recall_at_5`); needs no `load`."""
 
     @abstractmethod
     def examples(self, predictions: Predictions) -> Iterator[dict[str, Any]]:

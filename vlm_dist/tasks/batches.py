@@ -31,11 +31,6 @@ class TaskBatch:
     def __len__(self) -> int:
         return self.video.shape[0]
 
-    @property
-    def num_terms(self) -> int:
-        """How many terms the loss of this batch has, known before the forward pass: its `LossSum.terms`."""
-        return len(self)
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on another device."""
         return replace(

@@ -10,14 +10,14 @@ class TaskDataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: str = Field(default="", description="Annotation file or folder.")
+    data: str = Field(default="", description="Annotation file.")
     store: str = Field(default="", description="Feature store of the task's videos; empty takes the workspace's store.")
     unique_captions: bool = Field(
         default=False, description="Retrieval: rank only the first clip of each distinct caption in held-out and test."
     )
     ties: Literal["average", "pessimistic", "reference"] = Field(
         default="average",
-        description="Retrieval: rank of equal scores; reference counts every tied place as the code does.",
+        description="Retrieval: equal scores; average over their orders, or every tied place counted as the code does.",
     )
     train_step: int = Field(
         default=8, ge=1, description="Segmentation: seconds between training windows, at most a window (paper: 16)."

@@ -10,9 +10,9 @@ import numpy as np
 from feature_store.reader import FeatureReader
 from feature_store.tokenizer import Tokenizer
 from vlm_dist.data.batch import SpecialIds
+from vlm_dist.data.records import HELD_OUT, SHOWN, TEST, TRAIN, refuse
 from vlm_dist.errors import CheckpointError, TaskDataError
 from vlm_dist.model.config import ModelConfig
-from vlm_dist.tasks.annotations import HELD_OUT, SHOWN, TEST, TRAIN, refuse
 from vlm_dist.train.config import FinetuneConfig
 
 SLACK_S = 1.0  # annotations are cut on another clock than our 30 fps: this much beyond the last row is no error
@@ -29,6 +29,10 @@ class Misfits(NamedTuple):
     """Segments that end behind it: used up to there."""
     first: str = ""
     """The first such segment."""
+    test_items: int = 0
+    """Test items that are measured."""
+    test_items_missing: int = 0
+    """Test items of the annotations that are not, for lack of features."""
 
     @property
     def lines(self) -> list[str]:
@@ -45,6 +49,8 @@ class Misfits(NamedTuple):
                 f"{self.outside} segments lie behind the end of their video and are left out, {self.cut} end behind it "
                 f"and are cut; the first: {self.first}"
             )
+        if self.test_items_missing:
+            told.append(f"the test is on {self.test_items} of {self.test_items + self.test_items_missing} test items")
         return told
 
 
@@ -69,25 +75,47 @@ def special_ids(reader: FeatureReader, tokenizer: Tokenizer, model: ModelConfig)
     return SpecialIds.of(tokenizer)
 
 
-def check_missing(file: Path, ids: Sequence[str], numbers: np.ndarray, limit: float) -> list[str]:
-    """Ids of the videos without features, sorted; refused when they are more than `limit` of all.
+def needed_splits(training: bool) -> dict[int, str]:
+    """Splits that must fit the store, with their names: all of them to train, the test split alone to evaluate."""
+    return {TRAIN: "training", HELD_OUT: "held-out", TEST: "test"} if training else {TEST: "test"}
+
+
+def check_missing(
+    file: Path, ids: Sequence[str], numbers: np.ndarray, split: np.ndarray, limit: float, training: bool
+) -> list[str]:
+    """Ids of the videos without features in the splits that are needed, sorted.
 
     Args:
         file: The annotations, for the message.
         ids: (N,) video of each item; repeats count as often as they occur.
         numbers: (N,) their store numbers, -1 without features.
-        limit: Largest share of the items that may lack features.
+        split: (N,) their splits, as the file names them.
+        limit: Largest share of the items of *each* split that may lack features: 10 % of all may be the whole test.
+        training: Whether the training and held-out splits are needed as well.
+
+    Raises:
+        TaskDataError: A split lacks more.
     """
-    lost = np.flatnonzero(numbers < 0).tolist()
-    missing = sorted({ids[i] for i in lost})
-    if len(lost) > limit * len(ids):
-        shown = ", ".join(missing[:SHOWN]) + (" …" if len(missing) > SHOWN else "")
-        raise TaskDataError(
-            f"{file}: {len(lost)} of {len(ids)} items ({len(lost) / len(ids):.1%}) have no features in the store, "
-            f"above the limit of {limit:.1%} (finetune.max_missing); {len(missing)} videos: {shown}\n"
-            "extract them into the store, or raise the limit"
-        )
-    return missing
+    without: set[str] = set()
+    for part, name in needed_splits(training).items():
+        total = int((split == part).sum())
+        lost = np.flatnonzero((split == part) & (numbers < 0)).tolist()
+        missing = sorted({ids[i] for i in lost})
+        if len(lost) > limit * total:
+            shown = ", ".join(missing[:SHOWN]) + (" …" if len(missing) > SHOWN else "")
+            raise TaskDataError(
+                f"{file}: {len(lost)} of {total} {name} items ({len(lost) / total:.1%}) have no features in the store, "
+                f"above the limit of {limit:.1%} (finetune.max_missing); {len(missing)} videos: {shown}\n"
+                "extract them into the store, or raise the limit"
+            )
+        without.update(missing)
+    return sorted(without)
+
+
+def coverage_of_test(split: np.ndarray, kept: np.ndarray) -> dict[str, int]:
+    """`test_items` and `test_items_missing` of `Misfits`: of items (N,) with these splits, those at `kept` are used."""
+    used = int((split[kept] == TEST).sum())
+    return {"test_items": used, "test_items_missing": int((split == TEST).sum()) - used}
 
 
 def check_overlap(file: Path, ids: Sequence[str], split: np.ndarray) -> None:
@@ -128,9 +156,16 @@ def hold_out(ids: Sequence[str], split: np.ndarray, cfg: FinetuneConfig) -> np.n
 
 
 def check_bounds(
-    file: Path, where: Sequence[str], start: np.ndarray, end: np.ndarray, rows: np.ndarray, limit: float
+    file: Path,
+    where: Sequence[str],
+    start: np.ndarray,
+    end: np.ndarray,
+    rows: np.ndarray,
+    split: np.ndarray,
+    limit: float,
+    training: bool,
 ) -> tuple[np.ndarray, Misfits]:
-    """Which segments have rows; refused when more than `limit` of them leave their video.
+    """Which segments have rows; refused when more than `limit` of a needed split's leave their video.
 
     Args:
         file: The annotations, for the message.
@@ -138,24 +173,38 @@ def check_bounds(
         start: (N,) seconds.
         end: (N,) seconds.
         rows: (N,) seconds of features that the video has.
-        limit: Largest share of the segments that may lie behind their video or end well behind it.
+        split: (N,) split of the video, as the file names it.
+        limit: Largest share of a split's segments that may lie behind their video or end well behind it.
+        training: Whether the training and held-out splits are needed as well as the test split.
 
     Returns:
-        (N,) bool, and the segments that have none or are cut short.
+        (N,) bool, and the segments of the needed splits that have none or are cut short.
     """
     outside = start >= rows
     cut = ~outside & (end > rows + SLACK_S)
-    told = [
-        f"{where[i]}: segment {start[i]:g} to {end[i]:g} s, but the video has {rows[i]} s of features"
-        for i in np.flatnonzero(outside | cut).tolist()
-    ]
-    if len(told) > limit * len(where):
-        hint = (
-            f"{len(told)} of {len(where)} segments leave their video, above the limit of {limit:.1%} "
-            "(finetune.max_missing); are these the annotations of the store's videos?"
-        )
-        refuse(file, [*told[:SHOWN], *([f"… and {len(told) - SHOWN} more"] if len(told) > SHOWN else []), hint])
-    return ~outside, Misfits(outside=int(outside.sum()), cut=int(cut.sum()), first=told[0] if told else "")
+    needed = np.isin(split, list(needed_splits(training)))
+
+    def told(places: np.ndarray) -> list[str]:
+        return [
+            f"{where[i]}: segment {start[i]:g} to {end[i]:g} s, but the video has {rows[i]} s of features"
+            for i in np.flatnonzero(places).tolist()
+        ]
+
+    for part, name in needed_splits(training).items():
+        total, wrong = int((split == part).sum()), told((outside | cut) & (split == part))
+        if len(wrong) > limit * total:
+            hint = (
+                f"{len(wrong)} of {total} {name} segments leave their video, above the limit of {limit:.1%} "
+                "(finetune.max_missing); are these the annotations of the store's videos?"
+            )
+            more = [f"… and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+            refuse(file, ["\n  ".join([*wrong[:SHOWN], *more, hint])])
+    misfits = Misfits(
+        outside=int((outside & needed).sum()),
+        cut=int((cut & needed).sum()),
+        first=next(iter(told((outside | cut) & needed)), ""),
+    )
+    return ~outside, misfits
 
 
 def check_splits(file: Path, split: np.ndarray, cfg: FinetuneConfig, training: bool) -> None:

@@ -10,13 +10,14 @@ import torch
 from feature_store.reader import FeatureReader
 from feature_store.tokenizer import Tokenizer
 from vlm_dist.data.batch import SpecialIds
+from vlm_dist.data.records import HELD_OUT, TEST, TRAIN
 from vlm_dist.errors import TaskDataError
 from vlm_dist.eval.predictions import Predictions
 from vlm_dist.losses.contrastive import text_to_video
 from vlm_dist.metrics.retrieval import RankCounts, chance_metrics, rank_counts, ranks, retrieval_metrics
 from vlm_dist.model.config import ModelConfig
 from vlm_dist.model.vlm import VLM
-from vlm_dist.tasks.annotations import HELD_OUT, TEST, TRAIN, ClipList, read_clip_list
+from vlm_dist.tasks.annotations import ClipList, read_clip_list
 from vlm_dist.tasks.base import LossSum, Recipe, Selection, Split, Task, TaskModel
 from vlm_dist.tasks.batches import TaskBatch, frame_text, gather_windows, pack_texts
 from vlm_dist.tasks.gather import gather_rows
@@ -26,6 +27,7 @@ from vlm_dist.tasks.items import (
     check_missing,
     check_overlap,
     check_splits,
+    coverage_of_test,
     hold_out,
     special_ids,
 )
@@ -48,7 +50,7 @@ class RetrievalModel(TaskModel):
         Clips of one video, and clips with the same caption, are not excluded as negatives (as the reference).
         """
         video, text = self.embeddings(batch)
-        loss = text_to_video(text, gather_rows(video)).loss_sum
+        loss = text_to_video(text, gather_rows(video))
         return LossSum(loss, torch.tensor(float(len(batch)), device=loss.device))
 
 
@@ -87,14 +89,16 @@ class RetrievalTask(Task):
         self._special: SpecialIds = special_ids(reader, tokenizer, model)
         check_overlap(data, clips.video_ids, clips.split)
         numbers = reader.index.find_many(clips.video_ids)
-        missing = check_missing(data, clips.video_ids, numbers, cfg.max_missing)
+        missing = check_missing(data, clips.video_ids, numbers, clips.split, cfg.max_missing, training)
         kept = np.flatnonzero(numbers >= 0)
         n_rows = np.asarray(reader.index.n_rows)
         start, end = _seconds(clips, kept, n_rows[numbers[kept]])
         where = [f"line {clips.lines[i]}, video {clips.video_ids[i]}" for i in kept]
-        inside, misfits = check_bounds(data, where, start, end, n_rows[numbers[kept]], cfg.max_missing)
-        self._misfits = misfits._replace(missing=missing)
+        inside, misfits = check_bounds(
+            data, where, start, end, n_rows[numbers[kept]], clips.split[kept], cfg.max_missing, training
+        )
         kept, start, end = kept[inside], start[inside], end[inside]
+        self._misfits = misfits._replace(missing=missing, **coverage_of_test(clips.split, kept))
         self._ids = [clips.video_ids[i] for i in kept]
         self._texts = [clips.texts[i] for i in kept]
         self._reader, self._places, self._videos = reader, model.max_video_len, numbers[kept]
@@ -122,6 +126,11 @@ class RetrievalTask(Task):
     def num_train_items(self) -> int:
         """Training clips."""
         return len(self._train)
+
+    @property
+    def train_videos(self) -> list[str]:
+        """See `Task.train_videos`."""
+        return sorted({self._ids[item] for item in self._train})
 
     @property
     def summary(self) -> dict[str, Any]:

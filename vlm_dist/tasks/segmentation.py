@@ -16,15 +16,24 @@ import torch
 from feature_store.reader import FeatureReader
 from feature_store.tokenizer import Tokenizer
 from vlm_dist.data.batch import IGNORE, SpecialIds
+from vlm_dist.data.records import HELD_OUT, TEST, TRAIN, refuse
 from vlm_dist.errors import TaskDataError
 from vlm_dist.eval.predictions import Predictions
 from vlm_dist.metrics.segmentation import BACKGROUND, class_accuracies, segmentation_metrics
 from vlm_dist.model.config import ModelConfig
 from vlm_dist.model.vlm import VLM
-from vlm_dist.tasks.annotations import HELD_OUT, TEST, TRAIN, StepAnnotations, read_steps, refuse
+from vlm_dist.tasks.annotations import StepAnnotations, read_steps
 from vlm_dist.tasks.base import LossSum, Recipe, Selection, Split, Task, TaskModel
 from vlm_dist.tasks.batches import TaskBatch, frame_text, gather_windows, no_text, pack_texts
-from vlm_dist.tasks.items import Misfits, check_bounds, check_missing, check_splits, hold_out, special_ids
+from vlm_dist.tasks.items import (
+    Misfits,
+    check_bounds,
+    check_missing,
+    check_splits,
+    coverage_of_test,
+    hold_out,
+    special_ids,
+)
 from vlm_dist.tasks.windows import MergedLogits, Windows
 from vlm_dist.train.config import FinetuneConfig
 
@@ -34,11 +43,6 @@ class SegmentationBatch(TaskBatch):
     """Windows and `targets` (B, V) int64, the class of each second, IGNORE at padding."""
 
     targets: torch.Tensor
-
-    @property
-    def num_terms(self) -> int:
-        """Seconds that have a class."""
-        return int((self.targets != IGNORE).sum())
 
 
 class SegmentationModel(TaskModel):
@@ -95,14 +99,14 @@ class SegmentationTask(Task):
         self.num_classes = self._count_classes(steps)
         self._special: SpecialIds = special_ids(reader, tokenizer, model)
         numbers = reader.index.find_many(steps.video_ids)
-        missing = check_missing(data, steps.video_ids, numbers, cfg.max_missing)
+        missing = check_missing(data, steps.video_ids, numbers, steps.split, cfg.max_missing, training)
         kept = np.flatnonzero(numbers >= 0)
         self._ids = [steps.video_ids[i] for i in kept]
         self._reader, self._places, self._videos = reader, model.max_video_len, numbers[kept]
         self._seconds = np.asarray(reader.index.n_rows)[self._videos].astype(np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(self._seconds)])
-        self._labels, misfits = self._label_seconds(steps, kept, cfg.max_missing)
-        self._misfits = misfits._replace(missing=missing)
+        self._labels, misfits = self._label_seconds(steps, kept, cfg.max_missing, training)
+        self._misfits = misfits._replace(missing=missing, **coverage_of_test(steps.split, kept))
         split = hold_out(self._ids, steps.split[kept], cfg)
         check_splits(data, split, cfg, training)
         self._test_videos: dict[Split, np.ndarray] = {
@@ -123,7 +127,9 @@ class SegmentationTask(Task):
     def _count_classes(self, steps: StepAnnotations) -> int:
         return int(steps.label.max(initial=0)) + 1
 
-    def _label_seconds(self, steps: StepAnnotations, kept: np.ndarray, limit: float) -> tuple[np.ndarray, Misfits]:
+    def _label_seconds(
+        self, steps: StepAnnotations, kept: np.ndarray, limit: float, training: bool
+    ) -> tuple[np.ndarray, Misfits]:
         """Class of every second of the kept videos, one after the other; a later segment of the file wins."""
         place = np.full(len(steps.video_ids), -1)
         place[kept] = np.arange(len(kept))
@@ -132,7 +138,8 @@ class SegmentationTask(Task):
         video, start, end, label = video[known], steps.start[known], steps.end[known], steps.label[known]
         seconds = self._seconds[video]
         where = [f"video {self._ids[v]}" for v in video]
-        inside, misfits = check_bounds(steps.file, where, start, end, seconds, limit)
+        split = steps.split[kept][video]
+        inside, misfits = check_bounds(steps.file, where, start, end, seconds, split, limit, training)
         video, start, end, label, seconds = video[inside], start[inside], end[inside], label[inside], seconds[inside]
         first = self._offsets[video] + np.floor(start).astype(np.int64)
         last = self._offsets[video] + np.minimum(np.ceil(end).astype(np.int64), seconds)
@@ -145,6 +152,11 @@ class SegmentationTask(Task):
     def num_train_items(self) -> int:
         """Training windows."""
         return len(self._train.video)
+
+    @property
+    def train_videos(self) -> list[str]:
+        """See `Task.train_videos`."""
+        return [self._ids[video] for video in np.unique(self._train.video)]
 
     @property
     def summary(self) -> dict[str, Any]:

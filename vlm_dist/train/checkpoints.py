@@ -3,6 +3,7 @@
     <root>/step_00000500/          weights.safetensors  optimizer.safetensors  state.json  MANIFEST.json
     <root>/.staging-…/             an attempt that has not been committed (removed some time later)
     <root>/damaged-step_…/         a checkpoint that failed its digests, kept for people to look at
+    <root>/best-00000400/          the exported model of the best validation so far; its checkpoints refer to it
 
 MANIFEST.json holds size and BLAKE2b digest of each file; the folder gets its name by rename after everything in it is
 on disk, so a folder named step_… is complete. Nothing in it depends on the world size.
@@ -13,9 +14,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from vlm_dist.train.engine import EngineState
 
 MANIFEST = "MANIFEST.json"
 STRAY_SECONDS = 600
+_STEP = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,36 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def put_whole(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a folder, which then gets the name `folder`: it is there whole or not at all (rank 0).
+
+    Errors: CheckpointError when the disk refuses (what had the name before stays, if it came to that).
+    """
+    staging = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        write(staging)
+        for path in [*staging.rglob("*"), staging]:
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+        sync(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise CheckpointError(f"{folder} could not be written: {error}") from error
+        raise
+    _remove_strays(folder.parent, f".{folder.name.partition('-')[0]}-*")
+
+
+def _remove_strays(folder: Path, pattern: str) -> None:
+    """Remove attempts that a killed process left behind."""
+    for stray in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):
+            # A worker that outlives its killed driver for some seconds may be writing a younger one.
+            if time.time() - stray.stat().st_mtime > STRAY_SECONDS:
+                shutil.rmtree(stray, ignore_errors=True)
+
+
 class CheckpointFolder:
     """The checkpoints of one run."""
 
@@ -66,8 +100,17 @@ class CheckpointFolder:
 
     def committed(self) -> list[Checkpoint]:
         """Committed checkpoints, oldest first (not verified)."""
-        found = [Checkpoint(p, int(p.name.removeprefix("step_"))) for p in self.root.glob("step_*")]
-        return sorted(found, key=lambda c: c.step)
+        named = ((path, _STEP.fullmatch(path.name)) for path in self.root.glob("step_*"))
+        return sorted((Checkpoint(path, int(name[1])) for path, name in named if name), key=lambda c: c.step)
+
+    def best(self, step: int) -> Path:
+        """Where the model that was best at the validation of `step` lies."""
+        return self.root / f"best-{step:08d}"
+
+    @property
+    def all_damaged(self) -> bool:
+        """Whether there were checkpoints and none is left: to begin again would throw the run away unasked."""
+        return not self.committed() and any(self.root.glob("damaged-*"))
 
     def save(self, step: int, state: EngineState, extra: dict[str, Any]) -> Checkpoint:
         """Write and commit a checkpoint; the last good one is removed only afterwards.
@@ -106,11 +149,20 @@ class CheckpointFolder:
     def _prune(self) -> None:
         for old in self.committed()[: -self.keep]:
             shutil.rmtree(old.path, ignore_errors=True)
-        for stray in self.root.glob(".staging-*"):
-            with contextlib.suppress(FileNotFoundError):
-                # A worker that outlives its killed driver for some seconds may be writing a younger one.
-                if time.time() - stray.stat().st_mtime > STRAY_SECONDS:
-                    shutil.rmtree(stray, ignore_errors=True)
+        # Each checkpoint that is kept needs its own: the newest may turn out damaged, and the older is gone on from.
+        needed = {self.best(step) for step in map(self._best_step, self.committed()) if step is not None}
+        for best in set(self.root.glob("best-*")) - needed:
+            shutil.rmtree(best, ignore_errors=True)
+        for pattern in (".staging-*", ".best-*"):
+            _remove_strays(self.root, pattern)
+
+    @staticmethod
+    def _best_step(checkpoint: Checkpoint) -> int | None:
+        try:
+            best = json.loads((checkpoint.path / "state.json").read_text()).get("best")
+        except (OSError, ValueError):
+            return None  # damaged: `newest` will say so
+        return int(best["step"]) if best else None
 
     @staticmethod
     def check(checkpoint: Checkpoint) -> str:

@@ -54,6 +54,12 @@ class TrainConfig(_Frozen):
     max_failures: int = Field(
         default=3, ge=0, description="Worker failures that are survived by a restart from a checkpoint."
     )
+    select: Literal["best", "last"] = Field(
+        default="best", description="Exported weights: of the lowest validation loss (if there is one), or the last."
+    )
+    allow_other_features: bool = Field(
+        default=False, description="Go on from a model whose features had another extractor than the store's."
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads of one rank; 0 shares the cores out.")
 
 

@@ -194,13 +194,18 @@ class Engine:
         start = rank() * partition.numel()
         return flat[start : start + partition.numel()].to(partition)
 
+    def export_weights(self) -> dict[str, Tensor]:
+        """Whole fp32 weights, equal on every rank (a collective: every rank must call it)."""
+        weights: dict[str, Tensor] = {}
+        for params, partition in self._flat_groups():
+            weights |= self._split(self._join(partition), params)
+        return weights
+
     def export_state(self) -> EngineState:
         """Whole fp32 weights and moments, equal on every rank (a collective: every rank must call it)."""
-        weights: dict[str, Tensor] = {}
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         adam_step = 0.0
         for params, partition in self._flat_groups():
-            weights |= self._split(self._join(partition), params)
             state = self._zero.optimizer.state.get(partition, {})
             for key in MOMENTS:
                 moments[key] |= self._split(self._join(state.get(key, torch.zeros_like(partition))), params)
@@ -208,7 +213,7 @@ class Engine:
         scaler = {k: v for k, v in vars(self._zero.loss_scaler).items() if isinstance(v, int | float | bool)}
         counters = {"adam_step": adam_step, "applied": self.applied, "skipped": self.skipped, "scaler": scaler,
                     "precision": self.precision}  # fmt: skip
-        return EngineState(weights, moments, counters)
+        return EngineState(self.export_weights(), moments, counters)
 
     def load_state(self, state: EngineState) -> None:
         """Go on from `state`, whatever world it was written by. Errors: CheckpointError naming the first difference."""

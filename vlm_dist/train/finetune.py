@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from feature_store.reader import Check, FeatureReader
 from vlm_dist.errors import ConfigError
 from vlm_dist.model.checkpoint import load, save_vlm
+from vlm_dist.model.origin import TrainedOn, read_trained_on
 from vlm_dist.tasks.base import Task
 from vlm_dist.tasks.checkpoint import save_head
 from vlm_dist.tasks.config import TaskDataConfig
@@ -93,6 +95,11 @@ class FinetuneObjective(Objective):
         if batch < distributed.world_size():
             raise ConfigError(f"finetune.batch {batch} cannot be shared by {distributed.world_size()} workers")
         self.order = ItemOrder(self.task.num_train_items, batch, self.seed)
+        if self.order.batch < distributed.world_size():
+            raise ConfigError(
+                f"{self.task.num_train_items} training items cannot be shared by {distributed.world_size()} workers: "
+                f"take at most {self.order.batch} (--workers, --gpus), or annotate more"
+            )
         epochs = job.finetune.epochs or self.task.recipe.epochs
         self.total_steps = job.finetune.max_steps or max(1, math.ceil(epochs * self.order.steps_per_epoch))
         self.select_on: Literal["held-out", "test", "last"] = job.finetune.select_on
@@ -134,6 +141,11 @@ class FinetuneObjective(Objective):
         sign = 1 if self.task.selection.mode == "max" else -1
         return sign * metrics[key] > sign * best[key]
 
+    @cached_property
+    def trained_on(self) -> TrainedOn:
+        """Videos of the model that this began with, and of the task."""
+        return read_trained_on(Path(self.job.model)).and_on(self.task.train_videos)
+
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Encoder as `vlm_dist.load` reads it, the task's head beside it."""
         prefix = "vlm."
@@ -141,5 +153,5 @@ class FinetuneObjective(Objective):
         head = {k: v for k, v in weights.items() if not k.startswith(prefix)}
         vlm = type(self.loaded.model)(self.loaded.model.config)
         vlm.load_state_dict(encoder)
-        save_vlm(vlm, self.loaded.tokenizer, folder)
+        save_vlm(vlm, self.loaded.tokenizer, folder, features=self.reader.meta.provenance, trained_on=self.trained_on)
         save_head(folder, self.job.task, head)

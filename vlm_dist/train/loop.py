@@ -5,12 +5,11 @@ The loop says how: prefetch, accumulate, update, report, validate, save, resume.
 """
 
 import hashlib
-import shutil
 import time
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from vlm_dist.errors import TrainingError
 from vlm_dist.train import distributed
-from vlm_dist.train.checkpoints import CheckpointFolder
+from vlm_dist.train.checkpoints import CheckpointFolder, put_whole
 from vlm_dist.train.config import OptimConfig, TrainConfig
 from vlm_dist.train.engine import Engine
 from vlm_dist.train.schedule import learning_rate
@@ -94,6 +93,13 @@ class Ledger:
         self.sums: dict[str, Tensor] = {}
         self.started = time.perf_counter()
         self.waited = 0.0
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Leave the block's time out of the rates: validating and saving are not training."""
+        before = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - before
 
     def add(self, sums: dict[str, Tensor]) -> None:
         for key, value in sums.items():
@@ -174,10 +180,11 @@ def train(
             extra = {"lr": learning_rate(engine.applied - 1, objective.optim), "grad_norm": outcome.grad_norm,
                      "loss_scale": outcome.loss_scale, "skipped_steps": float(engine.skipped)}  # fmt: skip
             emit("step", ledger.report(progress.step, objective, engine, extra))
-        if last or (objective.validate_every and progress.step % objective.validate_every == 0):
-            _validate(objective, engine, progress, folder, emit)
-        if last or progress.step % cfg.checkpoint_every == 0:
-            save(engine, folder, progress, emit)
+        with ledger.paused():
+            if last or (objective.validate_every and progress.step % objective.validate_every == 0):
+                _validate(objective, engine, progress, folder, emit)
+            if last or progress.step % cfg.checkpoint_every == 0:
+                save(engine, folder, progress, emit)
     return progress
 
 
@@ -192,17 +199,9 @@ def _validate(
     emit("validation", {"step": progress.step, **metrics})
     if objective.better(metrics, progress.best):
         progress.best = {"step": progress.step, **metrics}
-        weights = engine.export_state().weights
+        weights = engine.export_weights()
         if distributed.rank() == 0:
-            put_whole(folder.root / f"best-{progress.step:08d}", lambda path: objective.export(weights, path))
-
-
-def put_whole(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a folder, which then gets the name `folder`: it is there whole or not at all (rank 0)."""
-    staging = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    write(staging)
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+            put_whole(folder.best(progress.step), lambda path: objective.export(weights, path))
 
 
 def save(engine: Engine, folder: CheckpointFolder, progress: Progress, emit: Callable[[str, Any], None]) -> None:

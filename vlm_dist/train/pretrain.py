@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlm_dist.errors import ConfigError, StoreError
 from vlm_dist.losses.nce import LossSums, masked_token_loss
 from vlm_dist.model.checkpoint import build_vlm, save_vlm
 from vlm_dist.model.config import ModelConfig
+from vlm_dist.model.origin import TrainedOn, read_trained_on
 from vlm_dist.model.vlm import VLM
 from vlm_dist.train import distributed
 from vlm_dist.train.config import TrainConfig
@@ -198,8 +200,20 @@ class PretrainObjective(Objective):
         values = self.summarise(dict(zip(sorted(total), joined.tolist(), strict=True)))
         return {f"validation/{name}": value for name, value in values.items()}
 
+    def better(self, metrics: dict[str, float], best: dict[str, float] | None) -> bool:
+        """By the lowest validation loss, as the reference chooses its models; never with `train.select` last."""
+        loss = "validation/loss"
+        return self.job.train.select == "best" and (best is None or metrics[loss] < best[loss])
+
+    @cached_property
+    def trained_on(self) -> TrainedOn:
+        """Videos of the model that this began with, and of this run."""
+        before = TrainedOn.of() if self.job.init == "scratch" else read_trained_on(Path(self.job.init))
+        names = self.reader.index.id_list()
+        return before.and_on(names[row].decode() for row in self.order.videos)
+
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Model, configuration and tokenizer, as `vlm_dist.load` reads them."""
         vlm = VLM(self.vlm.config)
         vlm.load_state_dict({name.removeprefix("vlm."): tensor for name, tensor in weights.items()})
-        save_vlm(vlm, self.tokenizer, folder)
+        save_vlm(vlm, self.tokenizer, folder, features=self.reader.meta.provenance, trained_on=self.trained_on)

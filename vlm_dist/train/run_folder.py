@@ -12,9 +12,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.errors import ConfigError, TrainingError
+from vlm_dist.errors import CheckpointError, ConfigError, TrainingError
 
 RECORD = "run.json"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What run.json of a run's folder says; empty where there is none. Errors: CheckpointError when it is damaged."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        record = error
+    if not isinstance(record, dict):
+        raise CheckpointError(
+            f"{folder / RECORD} is damaged ({record}); remove it, and the command goes on from the run's "
+            "checkpoints, or type --new for another run"
+        )
+    return record
 
 
 class RunFolder:
@@ -22,9 +38,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.record: dict[str, Any] = {}
-        if (path / RECORD).is_file():
-            self.record = json.loads((path / RECORD).read_text())
+        self.record = read_record(path)
 
     @classmethod
     def for_identity(cls, runs: Path, kind: str, identity: Mapping[str, Any], *, new: bool = False) -> "RunFolder":
@@ -48,11 +62,18 @@ class RunFolder:
         return self.path / "model"
 
     def write(self, **changes: Any) -> None:
-        """Change run.json (atomically)."""
+        """Change run.json (atomically). Errors: CheckpointError when the disk refuses (the old one stays)."""
         self.record |= changes
         temporary = self.path / f".{RECORD}.{os.getpid()}"
-        temporary.write_text(json.dumps(self.record, indent=1, default=str))
-        temporary.replace(self.path / RECORD)
+        try:
+            with temporary.open("w") as file:
+                json.dump(self.record, file, indent=1, default=str)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path / RECORD)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise CheckpointError(f"{self.path / RECORD} could not be written: {error}") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -12,10 +12,10 @@ import torch
 
 from vlm_dist.errors import CheckpointError
 from vlm_dist.train import distributed
-from vlm_dist.train.checkpoints import Checkpoint, CheckpointFolder
+from vlm_dist.train.checkpoints import Checkpoint, CheckpointFolder, put_whole
 from vlm_dist.train.config import TrainConfig
 from vlm_dist.train.engine import Engine, resolve_precision
-from vlm_dist.train.loop import Objective, Progress, put_whole, train
+from vlm_dist.train.loop import Objective, Progress, train
 
 Emit = Callable[[str, Any], None]
 
@@ -50,18 +50,22 @@ class TrainOutcome:
 
 
 def restore(engine: Engine, folder: CheckpointFolder, emit: Emit) -> Progress:
-    """Load the newest checkpoint that verifies (a collective). Errors: CheckpointError when all are damaged."""
-    found: tuple[Checkpoint | None, list[str]] = (None, [])
+    """Load the newest checkpoint that verifies (a collective).
+
+    Errors: CheckpointError when all are damaged, now or at an earlier attempt.
+    """
+    found: tuple[Checkpoint | None, list[str], bool] = (None, [], False)
     if distributed.rank() == 0:
-        found = folder.newest()
-    checkpoint, complaints = distributed.of_rank_zero(found)
+        found = (*folder.newest(), folder.all_damaged)
+    checkpoint, complaints, all_damaged = distributed.of_rank_zero(found)
     for complaint in complaints:
         emit("warning", complaint)
+    if all_damaged:
+        why = complaints[0] if complaints else "what there was has been moved to damaged-…"
+        raise CheckpointError(
+            f"no checkpoint in {folder.root} is whole: {why}. Type the command with --new to start again"
+        )
     if checkpoint is None:
-        if complaints:
-            raise CheckpointError(
-                f"no checkpoint in {folder.root} is whole: {complaints[0]}. Type the command with --new to start again"
-            )
         return Progress()
     state, extra = folder.load(checkpoint)
     engine.load_state(state)
@@ -106,9 +110,9 @@ def run_rank(job: TrainJob, device: torch.device, emit: Emit) -> TrainOutcome:
         emit(kind, payload)
 
     progress = train(objective, engine, job.train, folder, progress, remember)
-    weights = engine.export_state().weights
+    weights = engine.export_weights()
     if distributed.rank() == 0:
-        chosen = folder.root / f"best-{progress.best['step']:08.0f}" if progress.best else None
+        chosen = folder.best(int(progress.best["step"])) if progress.best else None
         put_whole(
             out / "model", lambda path: shutil.copytree(chosen, path) if chosen else objective.export(weights, path)
         )

@@ -11,7 +11,7 @@ from tests.vlm_dist.data.corpus import Corpus, random_corpus
 from vlm_dist.data.config import SplitConfig
 from vlm_dist.data.splits import read_id_list, split_videos
 from vlm_dist.data.stats import corpus_stats
-from vlm_dist.errors import ConfigError
+from vlm_dist.errors import ConfigError, TaskDataError
 
 
 def first(corpus: Corpus, videos: int) -> Corpus:
@@ -93,24 +93,24 @@ def test_id_lists_of_every_form(tmp_path):
     ("name", "content", "message"),
     [
         ("a.csv", b"name\nx\n", "video_id"),
-        ("a.jsonl", b"{not json", "not in its form"),
-        ("a.jsonl", b"[1, 2]\n", "not in its form"),
-        ("a.json", b"[]", "not in its form"),
+        ("a.jsonl", b"{not json", "line 1: not JSON"),
+        ("a.jsonl", b"[1, 2]\n", "line 1: not a JSON object"),
+        ("a.json", b"[]", "no videos under the key"),
         ("a.lst", b"\n\n", "no video id"),
-        ("a.lst", b"\xff\xfe\x00", "cannot read"),
-        ("a.json.gz", b"no gzip", "cannot read"),
-        ("a.pkl", b"x", "an id list is"),
+        ("a.lst", b"\xff\xfe\x00", "no UTF-8 text"),
+        ("a.json.gz", b"no gzip", "not readable as JSON"),
+        ("a.pkl", b"x", "the ending '.pkl' is not known"),
     ],
 )
 def test_bad_id_lists_are_refused_by_name(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as refused:
+    with pytest.raises(TaskDataError, match=message) as refused:
         read_id_list(tmp_path / name)
     assert name in str(refused.value)
 
 
 def test_absent_list_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read the id list"):
+    with pytest.raises(TaskDataError, match="is not there"):
         read_id_list(tmp_path / "none.lst")
 
 

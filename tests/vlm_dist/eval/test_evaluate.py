@@ -6,31 +6,48 @@ import pytest
 from matplotlib.image import imread
 
 from tests.vlm_dist.tasks import world
-from vlm_dist.errors import ConfigError, TaskDataError
-from vlm_dist.eval.evaluate import evaluate, score
-from vlm_dist.eval.predictions import Predictions, read_predictions, write_predictions
+from vlm_dist.eval.evaluate import evaluate
+from vlm_dist.eval.predictions import Predictions
 from vlm_dist.tasks.config import TaskDataConfig
 from vlm_dist.tasks.registry import make_task
 from vlm_dist.train.config import FinetuneConfig
 
 
 @pytest.mark.parametrize("name", ["retrieval", "coin"])
-def test_an_evaluation_leaves_files_that_score_again(tmp_path: Path, name: str) -> None:
+def test_an_evaluation_leaves_predictions_a_table_and_pictures(tmp_path: Path, name: str) -> None:
     reader, data = (world.clip_world if name == "retrieval" else world.step_world)(tmp_path)
     tokenizer = world.make_tokenizer()
     task = make_task(name)
     task.load(data, reader, tokenizer, world.MODEL, FinetuneConfig())
     model = task.build(world.make_vlm(tokenizer))
     result = evaluate(task, model, "test", "cpu", tmp_path / "out")
-    again = score(result.predictions, tmp_path / "again")
-    assert again.metrics == result.metrics
-    assert again.table.read_text() == result.table.read_text()
+    predicted = task.predict(model, "test", "cpu")
+    with np.load(result.predictions, allow_pickle=False) as stored:
+        assert {name: array.tolist() for name, array in predicted.arrays.items()} == {
+            name: stored[name].tolist() for name in stored.files if name != "header"
+        }
+        assert json.loads(stored["header"].tobytes())["info"] == predicted.info
+    assert result.metrics | task.metrics(predicted) == result.metrics
     assert all(np.isfinite(value) for value in result.metrics.values())
     for picture in result.pictures:
         pixels = imread(picture)
         assert pixels.shape[1] >= 600
         assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 20
     assert {file.parent for file in result.files} == {tmp_path / "out"}
+
+
+def test_an_evaluation_says_how_much_of_the_test_it_measured(tmp_path: Path) -> None:
+    reader, data = world.clip_world(tmp_path)
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    lost = [{"video_id": f"lost{i}", "text": "x", "split": split} for i, split in enumerate(["train", *["test"] * 3])]
+    file = world.write_lines(tmp_path / "more.jsonl", lines + lost)
+    tokenizer = world.make_tokenizer()
+    task = make_task("retrieval")
+    task.load(file, reader, tokenizer, world.MODEL, FinetuneConfig(max_missing=0.2), training=False)
+    result = evaluate(task, task.build(world.make_vlm(tokenizer)), "test", "cpu", tmp_path)
+    assert result.metrics["retrieval/test_items"] == 12
+    assert result.metrics["retrieval/test_items_missing"] == 3
+    assert "the test is on 12 of 15 test items" in task.misfits.lines
 
 
 def test_the_retrieval_table_agrees_with_the_metrics(tmp_path: Path) -> None:
@@ -69,33 +86,16 @@ def test_the_segmentation_table_agrees_with_the_metrics(tmp_path: Path) -> None:
         assert row["truth"][-1][2] == row["predicted"][-1][2] == row["seconds"]
 
 
-def test_ties_can_be_counted_as_the_reference_does(tmp_path: Path) -> None:
+def test_ties_can_be_counted_as_the_reference_does() -> None:
     same = np.ones((10, 4), np.float32)
     info = {"captions": ["x"] * 10, "video_ids": list("abcdefghij")}
     rows = np.zeros(10, np.int64)
     arrays = {"text": same, "video": same, "clip": np.arange(10), "start": rows, "end": rows + 1}
-    path = write_predictions(Predictions("retrieval", "test", arrays, info), tmp_path / "p.npz")
-    default = score(path, tmp_path).metrics
-    reference = score(path, tmp_path, TaskDataConfig(ties="reference")).metrics
-    assert (default["retrieval/recall_at_1"], default["retrieval/median_rank"]) == (0, 5.5)
+    predictions = Predictions("retrieval", "test", arrays, info)
+    default = make_task("retrieval").metrics(predictions)
+    pessimistic = make_task("retrieval", TaskDataConfig(ties="pessimistic")).metrics(predictions)
+    reference = make_task("retrieval", TaskDataConfig(ties="reference")).metrics(predictions)
+    assert (default["retrieval/recall_at_1"], default["retrieval/median_rank"]) == (0.1, 5.5)
     assert (reference["retrieval/recall_at_1"], reference["retrieval/median_rank"]) == (0.1, 5.5)
+    assert (pessimistic["retrieval/recall_at_1"], pessimistic["retrieval/median_rank"]) == (0, 10)
     assert default["retrieval/distinct_captions"] == 1
-
-
-def test_bad_prediction_files(tmp_path: Path) -> None:
-    with pytest.raises(TaskDataError, match="no such predictions file"):
-        read_predictions(tmp_path / "none.npz")
-    for content in (b"", b"not a zip", b"PK\x03\x04 broken"):
-        (tmp_path / "bad.npz").write_bytes(content)
-        with pytest.raises(TaskDataError, match="not a predictions file"):
-            read_predictions(tmp_path / "bad.npz")
-    np.savez(tmp_path / "other.npz", x=np.arange(3))
-    with pytest.raises(TaskDataError, match="not a predictions file"):
-        read_predictions(tmp_path / "other.npz")
-    header = np.frombuffer(json.dumps({"format": 99}).encode(), np.uint8)
-    np.savez(tmp_path / "newer.npz", header=header)
-    with pytest.raises(TaskDataError, match="format 99, this version reads 1"):
-        read_predictions(tmp_path / "newer.npz")
-    path = write_predictions(Predictions("qa", "test", {}), tmp_path / "qa.npz")
-    with pytest.raises(ConfigError, match="unknown task 'qa'"):
-        score(path, tmp_path)

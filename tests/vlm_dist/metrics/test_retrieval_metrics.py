@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -56,10 +57,28 @@ def test_chance_is_what_random_scores_give() -> None:
     assert {name: metrics[name] for name in chance} == pytest.approx(chance, rel=0.12)
 
 
-def test_all_equal_scores_are_no_success() -> None:
-    metrics = retrieval_metrics(rank_counts(np.ones((10, 4)), np.ones((10, 4)), np.arange(10), np.arange(10)))
-    assert metrics["recall_at_1"] == 0
-    assert metrics["median_rank"] == 5.5
+@pytest.mark.parametrize("candidates", [1, 3, 10, 19, 21, 200])
+def test_a_collapsed_model_is_exactly_at_chance(candidates: int) -> None:
+    same, clips = np.ones((candidates, 4), np.float32), np.arange(candidates)
+    metrics = retrieval_metrics(rank_counts(same, same, clips, clips))
+    chance = chance_metrics(candidates)
+    assert {name: metrics[name] for name in chance} == pytest.approx(chance, abs=1e-12)
+
+
+@given(scores=hnp.arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(1, 5)), elements=st.integers(0, 2)))
+@settings(max_examples=40, deadline=None)
+def test_ties_count_as_the_mean_over_all_orders(scores: np.ndarray) -> None:
+    """Brute force: the mean of recalls and reciprocal rank over every order that the candidates can stand in."""
+    right = np.zeros_like(scores, bool)
+    right[:, 0] = True
+    found = []
+    for row in scores.tolist():
+        for order in itertools.permutations(range(len(row))):  # a stable sort after any order breaks ties by that order
+            place = sorted(order, key=lambda c: -row[c]).index(0)
+            found.append([*(place < k for k in (1, 5, 10)), 1 / (place + 1)])
+    metrics = retrieval_metrics(count_block(scores, right))
+    names = ("recall_at_1", "recall_at_5", "recall_at_10", "mean_reciprocal_rank")
+    assert [metrics[name] for name in names] == pytest.approx(np.mean(found, axis=0).tolist(), abs=1e-12)
 
 
 def test_a_diverged_model_is_named() -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from transformers import BertConfig, BertForPreTraining, BertModel
 import vlm_dist
 from feature_store.tokenizer import Tokenizer, train_wordpiece
 from tests.vlm_dist.model.golden import SIZES, Golden, encode, own_name, random_batch
-from vlm_dist.errors import CheckpointError
+from vlm_dist.config import load_settings
+from vlm_dist.errors import CheckpointError, ConfigError
 from vlm_dist.model.checkpoint import build_vlm, load, save_vlm
 from vlm_dist.model.config import ModelConfig
 from vlm_dist.model.vlm import VLM
@@ -328,3 +330,17 @@ def test_a_real_bert_encodes_text_as_hugging_faces_own_model():
         ).last_hidden_state  # fmt: skip
     real = batch.text_mask[:, 2:]
     torch.testing.assert_close(ours[real], expected[real], atol=1e-5, rtol=0)
+
+
+def test_an_unknown_activation_is_refused_by_name(bert_folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.activation = 'foo'.*gelu"):
+        load_settings(tmp_path, ["model.activation=foo"], env={})
+    config = json.loads((bert_folder / "config.json").read_text())
+    (bert_folder / "config.json").write_text(json.dumps(config | {"hidden_act": "foo"}))
+    with pytest.raises(CheckpointError, match="activation"):
+        build_vlm(str(bert_folder), SMALL, 90, 16, seed=0)
+    for name in get_args(ModelConfig.model_fields["activation"].annotation):
+        assert (
+            build_vlm("scratch", SMALL.model_copy(update={"activation": name}), 90, 16, seed=0).config.activation
+            == name
+        )

@@ -1,13 +1,16 @@
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from vlm_dist.data.records import HELD_OUT, TEST, TRAIN
+from vlm_dist.data.splits import read_id_list
 from vlm_dist.errors import TaskDataError
-from vlm_dist.tasks.annotations import HELD_OUT, TEST, TRAIN, read_clip_list, read_steps
+from vlm_dist.tasks.annotations import read_clip_list, read_steps
 
 GOOD = {"video_id": "a", "start": 1.5, "end": 4, "text": "whisk the eggs", "split": "train"}
 
@@ -101,7 +104,7 @@ def test_bad_tables(tmp_path: Path) -> None:
     with pytest.raises(TaskDataError, match="line 2: 3 fields where the header has 2"):
         read_clip_list(file)
     file.write_bytes(b"video_id,sentence\nv1,\xff\xfe\n")
-    with pytest.raises(TaskDataError, match="not a text table"):
+    with pytest.raises(TaskDataError, match="no UTF-8 text"):
         read_clip_list(file)
 
 
@@ -151,11 +154,52 @@ def test_bad_steps_name_the_video_and_the_schema(tmp_path: Path, database: Any, 
     assert '"subset": "training" | "testing"' in str(caught.value)
 
 
-def test_a_cut_gzip_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: raw[:30] + b"\xff" * 9 + raw[39:]])
+def test_a_damaged_gzip_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     file = tmp_path / "COIN.json.gz"
-    file.write_bytes(gzip.compress(b'{"database": {}}' * 100)[:60])
-    with pytest.raises(TaskDataError, match="not readable as JSON"):
-        read_steps(file)
+    file.write_bytes(damage(gzip.compress(b'{"database": {}}' * 100)))
+    for read in (read_steps, read_id_list):
+        with pytest.raises(TaskDataError, match="cannot be read"):
+            read(file)
+
+
+def test_one_reader_for_lists_and_annotations(tmp_path: Path) -> None:
+    """Whatever file a task takes, the check for seen test videos and the exclusion from pre-training take as well."""
+    mark = "\ufeff".encode()
+    table = mark + b"video_id,sentence,split\nv1,hello,Train\nv2,there,TEST\n"
+    lines = mark + (json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"video_id": "v2", "split": "test"})).encode()
+    coin = mark + json.dumps({"database": {"v1": coin_video((0, 2, 1)), "v2": coin_video(subset="testing")}}).encode()
+    files = {"a.csv": table, "b.CSV": table, "a.ndjson": lines, "a.JSONL": lines, "COIN.JSON": coin}
+    for name, raw in files.items():
+        for path, content in ((tmp_path / name, raw), (tmp_path / f"{name}.gz", gzip.compress(raw)),
+                              (tmp_path / f"packed_{name}", gzip.compress(raw))):  # fmt: skip
+            path.write_bytes(content)
+            read = read_steps if "COIN" in name else read_clip_list
+            assert read(path).video_ids[1] == "v2", path
+            assert read(path).split.tolist() == [TRAIN, TEST]
+            assert read_id_list(path) == {"v2"}, path
+            assert len(read_id_list(path, left_out=())) == 2
+    held = clip_file(tmp_path, GOOD | {"video_id": "h", "split": "val"}, GOOD | {"split": "test"})
+    assert read_id_list(held, left_out=(TRAIN, HELD_OUT)) == {"a"}
+
+
+@pytest.mark.parametrize("value", [None, 7, "", "  "])
+def test_a_video_id_that_is_no_text_is_refused_by_every_reader(tmp_path: Path, value: Any) -> None:
+    file = clip_file(tmp_path, GOOD, GOOD | {"video_id": value})
+    for read in (read_clip_list, read_id_list):
+        with pytest.raises(TaskDataError, match="line 2: video_id is"):
+            read(file)
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    coin = coin_file(tmp_path, {"a": coin_video((0, 2, 1))})
+    with pytest.raises(TaskDataError, match="this task needs a clip list"):
+        read_clip_list(coin)
+    with pytest.raises(TaskDataError, match="step annotations"):
+        read_steps(clip_file(tmp_path, GOOD))
+    (tmp_path / "x.pkl").write_bytes(b"x")
+    with pytest.raises(TaskDataError, match=r"the ending '\.pkl' is not known"):
+        read_clip_list(tmp_path / "x.pkl")
 
 
 def test_real_coin(shared: Path) -> None:

@@ -72,30 +72,58 @@ def test_a_batch_is_the_rows_and_the_pieces_of_its_clips(tmp_path: Path, small_s
     assert batch.text_mask.sum(dim=1).tolist() == [9 + 3, len(row), len(row)]
     assert batch.text[0].tolist() == [tokenizer.cls_id, tokenizer.sep_id, *tokenizer.encode(long_text)[:9],
                                       tokenizer.sep_id]  # fmt: skip
-    assert batch.num_terms == len(batch) == 3
+    assert len(batch) == 3
 
 
 def test_missing_videos_are_listed_or_refused(tmp_path: Path, small_store: FeatureReader) -> None:
     file = world.write_lines(tmp_path / "x.jsonl", [line("a"), line("b"), line("c"), line("broken"), line("never")])
-    with pytest.raises(TaskDataError, match=r"2 of 5 items \(40.0%\) have no features.*2 videos: broken, never"):
+    with pytest.raises(TaskDataError, match=r"2 of 5 test items \(40.0%\) have no features.*2 videos: broken, never"):
         load(small_store, file, training=False)
     task = load(small_store, file, FinetuneConfig(max_missing=0.4), training=False)
     assert task.summary["missing"] == ["broken", "never"]
-    assert task.misfits.lines == ["2 annotated videos have no features in the store and are left out: broken, never"]
+    assert task.misfits.lines == [
+        "2 annotated videos have no features in the store and are left out: broken, never",
+        "the test is on 3 of 5 test items",
+    ]
     assert task.summary["test"] == 3
+
+
+def test_the_limit_of_missing_videos_holds_for_each_split(tmp_path: Path, small_store: FeatureReader) -> None:
+    """Nine tenths of the test may be missing where it is a tenth of the file: of all items that is less than 10 %."""
+    train = [line("a", "train", start=i, end=i + 1) for i in range(20)]
+    held = [line("c", "val")] * 4
+    for split, name in (("test", "test"), ("val", "held-out")):
+        lost = [line("never", split), line("b", "test")]
+        file = world.write_lines(tmp_path / f"{split}.jsonl", [*train, *held, *lost])
+        with pytest.raises(TaskDataError, match=f"1 of . {name} items"):
+            load(small_store, file, FinetuneConfig(max_missing=0.19))
+    task = load(small_store, file, FinetuneConfig(max_missing=0.19), training=False)  # its test is whole
+    assert task.misfits.lines == []
+    assert (task.misfits.test_items, task.misfits.test_items_missing) == (1, 0)
+
+
+def test_an_evaluation_needs_no_training_videos(tmp_path: Path, small_store: FeatureReader) -> None:
+    lines = [line(f"absent{i}", "train") for i in range(30)] + [line("b", "train", start=4, end=60)] * 9 + [line("a")]
+    file = world.write_lines(tmp_path / "x.jsonl", lines)
+    with pytest.raises(TaskDataError, match="30 of 39 training items"):
+        load(small_store, file)
+    task = load(small_store, file, training=False)
+    assert task.misfits.lines == []
+    assert task.summary["test"] == 1
 
 
 def test_clips_that_leave_their_video_are_told_or_refused(tmp_path: Path, small_store: FeatureReader) -> None:
     fine = [line("a", start=s, end=s + 1) for s in range(17)]
     lines = [*fine, line("b", start=5, end=6), line("b", start=3, end=9), line("b", start=4, end=5.9)]
     file = world.write_lines(tmp_path / "x.jsonl", lines)
-    with pytest.raises(TaskDataError, match=r"line 18, video b: segment 5 to 6 s.*\n.*\n.*2 of 20 segments leave"):
+    with pytest.raises(TaskDataError, match=r"line 18, video b: segment 5 to 6 s.*\n.*\n.*2 of 20 test segments leave"):
         load(small_store, file, FinetuneConfig(max_missing=0.05), training=False)
     task = load(small_store, file, training=False)
     assert (task.misfits.outside, task.misfits.cut, task.summary["test"]) == (1, 1, 19)
     assert task.misfits.lines == [
         "1 segments lie behind the end of their video and are left out, 1 end behind it and are cut; the first: "
-        "line 18, video b: segment 5 to 6 s, but the video has 5 s of features"
+        "line 18, video b: segment 5 to 6 s, but the video has 5 s of features",
+        "the test is on 19 of 20 test items",
     ]
     found = task.predict(task.build(world.make_vlm(world.make_tokenizer())), "test", "cpu").arrays
     assert found["start"].tolist()[-2:] == [3, 4]
@@ -220,7 +248,7 @@ def gradients_of_share(vlm: VLM, batch: TaskBatch) -> tuple[float, list[np.ndarr
     model = RetrievalModel(vlm)
     own = TaskBatch(batch.video[share], batch.video_mask[share], batch.text[share], batch.text_mask[share])
     total, count = model(own)
-    assert float(count) == own.num_terms
+    assert float(count) == len(own)
     (total * (world_size / float(distributed.all_sum(count)))).backward()
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
     mean = [(distributed.all_sum(g) / world_size).numpy() for g in grads]

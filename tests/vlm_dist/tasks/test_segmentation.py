@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from feature_store.reader import FeatureReader
 from tests.vlm_dist.tasks import world
 from tests.vlm_dist.tasks.test_retrieval import golden_vlm
-from vlm_dist.data.batch import SpecialIds
+from vlm_dist.data.batch import IGNORE, SpecialIds
+from vlm_dist.data.records import TRAIN
 from vlm_dist.errors import TaskDataError
 from vlm_dist.model.config import ModelConfig
-from vlm_dist.tasks.annotations import TRAIN, read_steps
+from vlm_dist.tasks.annotations import read_steps
 from vlm_dist.tasks.batches import no_text
 from vlm_dist.tasks.config import TaskDataConfig
 from vlm_dist.tasks.segmentation import CoinTask, SegmentationBatch, SegmentationModel, SegmentationTask
@@ -61,7 +62,7 @@ def test_matches_golden(shared: Path, tmp_path: Path) -> None:
             merged.add(window, start)
     np.testing.assert_allclose(logits, golden["out/logits"], atol=1e-5)
     assert float(loss.sum / loss.terms) == pytest.approx(float(golden["out/loss"]), abs=1e-5)
-    assert float(loss.terms) == batch.num_terms
+    assert float(loss.terms) == int((batch.targets != IGNORE).sum())
     np.testing.assert_allclose(merged.mean(), golden["out/merged"], atol=1e-5)
     special = SpecialIds(pad=0, cls=int(batch.text[0, 0]), sep=int(batch.text[0, 1]), mask=0, vocab_size=400)
     text, text_mask = no_text(special, len(batch))
@@ -148,7 +149,7 @@ def test_steps_that_leave_their_video_are_cut_or_left_out(tmp_path: Path, steps:
     ]
     file = tmp_path / "COIN.json"
     file.write_text(json.dumps({"database": {"v1": {"subset": "testing", "annotation": annotation}}}))
-    with pytest.raises(TaskDataError, match=r"video v1: segment 1 to 90 s, but the video has (?s:.*)2 of 2 segments"):
+    with pytest.raises(TaskDataError, match=r"video v1: segment 1 to 90 s, but the video has (?s:.*)2 of 2 test"):
         load(steps[0], file, FinetuneConfig(max_missing=0.9), training=False)
     task = load(steps[0], file, FinetuneConfig(max_missing=1), training=False)
     assert (task.misfits.outside, task.misfits.cut) == (1, 1)
@@ -166,10 +167,32 @@ def test_empty_test_split_and_missing_features(tmp_path: Path, steps: tuple[Feat
         load(steps[0], file)
     document["database"]["lost"] = document["database"]["v1"] | {"subset": "testing"}
     file.write_text(json.dumps(document))
-    with pytest.raises(TaskDataError, match="no test items"):
+    with pytest.raises(TaskDataError, match=r"1 of 1 test items \(100.0%\).*lost"):
         load(steps[0], file)
-    with pytest.raises(TaskDataError, match=r"1 of 17 items \(5.9%\).*lost"):
-        load(steps[0], file, FinetuneConfig(max_missing=0.01))
+    with pytest.raises(TaskDataError, match="no test items with features"):
+        load(steps[0], file, FinetuneConfig(max_missing=1))
+
+
+def test_the_limit_of_segments_that_leave_holds_for_each_split(
+    tmp_path: Path, steps: tuple[FeatureReader, Path]
+) -> None:
+    """The test video's only step lies behind its end, one of forty in the file; evaluation asks for no other."""
+    document = json.loads(steps[1].read_text())
+    behind = {"id": "1", "label": "a", "segment": [500, 501]}
+    for video, entry in document["database"].items():
+        entry["subset"] = "testing" if video == "v1" else "training"
+    document["database"]["v1"]["annotation"] = [behind]
+    file = tmp_path / "COIN.json"
+    file.write_text(json.dumps(document))
+    for training in (True, False):
+        with pytest.raises(TaskDataError, match="1 of 1 test segments leave"):
+            load(steps[0], file, FinetuneConfig(select_on="last", max_missing=0.1), training=training)
+    for entry in document["database"].values():
+        entry["annotation"] = [behind] if entry["subset"] == "training" else []
+    file.write_text(json.dumps(document))
+    with pytest.raises(TaskDataError, match="15 of 15 training segments leave"):
+        load(steps[0], file, FinetuneConfig(select_on="last", max_missing=0.1))
+    assert load(steps[0], file, training=False).misfits.lines == []
 
 
 def test_predictions_do_not_depend_on_the_batch(steps: tuple[FeatureReader, Path]) -> None:

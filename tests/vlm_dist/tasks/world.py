@@ -26,9 +26,11 @@ MODEL = ModelConfig(
 )
 
 
-def make_store(root: Path, features: Mapping[str, np.ndarray | None], width: int = WIDTH) -> FeatureReader:
+def make_store(
+    root: Path, features: Mapping[str, np.ndarray | None], width: int = WIDTH, weights: str = "0" * 64
+) -> FeatureReader:
     """A committed store of the given videos; None is a video whose extraction failed."""
-    create_store(root, Provenance(weights_sha256="0" * 64, weights="random seed 0", feature_dim=width))
+    create_store(root, Provenance(weights_sha256=weights, weights="random seed 0", feature_dim=width))
     for task in plan_videos(root, [PlannedVideo(video, f"{video}.mp4") for video in features], workers=1):
         with ShardAttempt(root, task.shard) as attempt:
             for video in task.videos:

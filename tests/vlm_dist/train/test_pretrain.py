@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from feature_store.captions import write_captions
 from feature_store.config import CaptionConfig
@@ -17,6 +18,7 @@ from vlm_dist.data.config import ClipConfig, MaskConfig
 from vlm_dist.errors import ConfigError, StoreError
 from vlm_dist.model.checkpoint import load
 from vlm_dist.model.config import ModelConfig
+from vlm_dist.model.origin import read_trained_on
 from vlm_dist.train.config import OptimConfig, TrainConfig
 from vlm_dist.train.pretrain import PretrainJob, PretrainObjective, rank_clips
 from vlm_dist.train.schedule import learning_rate, total_steps
@@ -96,6 +98,45 @@ def test_the_loss_curve_does_not_depend_on_ranks_or_accumulation(corpus: Path, t
     loaded = load(tmp_path / "3" / "model")
     assert loaded.config.feature_dim == 12
     assert loaded.tokenizer.vocab_size == loaded.config.vocab_size
+
+
+def _select(job: PretrainJob) -> list[float]:
+    import torch
+
+    from vlm_dist.train.worker import run_rank
+
+    losses: list[float] = []
+    run_rank(job, torch.device("cpu"), lambda kind, p: losses.append(p["validation/loss"]) if "val" in kind else None)
+    return losses
+
+
+def test_the_lowest_validation_loss_chooses_what_is_exported(corpus: Path, tmp_path: Path) -> None:
+    wild = {"validate_every": 1, "max_steps": 6, "optim": OptimConfig(lr=0.05, warmup_steps=1)}
+    losses = run_ranks(1, _select, _job(corpus, tmp_path / "best", **wild))[0]
+    lowest = 1 + int(np.argmin(losses))
+    assert lowest < len(losses) == 6, "this rate is meant to make the loss rise again"
+    run_ranks(1, _select, _job(corpus, tmp_path / "last", **wild, select="last"))
+    run_ranks(1, _select, _job(corpus, tmp_path / "until", **wild | {"max_steps": lowest}, select="last"))
+    best, last, until = (load_file(tmp_path / name / "model/model.safetensors") for name in ("best", "last", "until"))
+    assert all((best[name] == until[name]).all() for name in best)
+    assert any((best[name] != last[name]).any() for name in best)
+    assert not list((tmp_path / "last" / "checkpoints").glob("best-*"))
+
+
+def test_an_export_knows_its_features_and_every_video_of_its_trainings(corpus: Path, tmp_path: Path) -> None:
+    first = _job(corpus, tmp_path / "first", max_steps=1)
+    run_ranks(1, _select, first)
+    model = tmp_path / "first" / "model"
+    described = json.loads((model / "config.json").read_text())
+    assert described["features"]["weights_sha256"] == "0" * 64
+    trained_on = read_trained_on(model)
+    ids = [f"v{i}" for i in range(VIDEOS)]
+    assert (trained_on.count(ids), trained_on.count(ids[8:]), trained_on.complete) == (8, 0, True)
+    np.savez(tmp_path / "other.npz", train=np.arange(8, VIDEOS), validation=np.arange(0))
+    second = PretrainJob(**{**vars(_job(corpus, tmp_path / "second", max_steps=1)), "init": str(model),
+                            "split": str(tmp_path / "other.npz")})  # fmt: skip
+    run_ranks(1, _select, second)
+    assert read_trained_on(tmp_path / "second" / "model").count(ids) == VIDEOS, "continued: those of both"
 
 
 def test_a_local_pool_is_another_loss(corpus: Path, tmp_path: Path) -> None:
