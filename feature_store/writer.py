@@ -38,6 +38,10 @@ class ShardAttempt:
         self._records: dict[str, VideoRecord] = {}
         self._broken = False
 
+    def room(self) -> int:
+        """Rows that the shard has place for yet."""
+        return self._meta.rows_per_shard - self._rows.rows
+
     def add(self, record: VideoRecord, features: np.ndarray | None) -> VideoRecord:
         """Stages one video.
 

@@ -2,66 +2,19 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-import av
 import numpy as np
 import pytest
-from av.audio.stream import AudioStream
-from av.video.stream import VideoStream
 
 from feature_store.config import DecodeConfig
 from feature_store.decode import DecodeError, SecondsReader
+from tests.feature_store.timed_videos import CODECS, steady, write_frames
 
 SMALL = DecodeConfig(fps=16, size=64)
-FPS = 16
 MakeVideo = Callable[..., Path]
-CODECS = {".mp4": "libx264", ".mkv": "libx264", ".webm": "libvpx", ".avi": "mpeg4", ".flv": "libx264", ".ts": "libx264"}
-SOUND = {".webm": "libopus", ".avi": "mp3"}
-
-
-def write(path: Path, times_s: Sequence[float], sound_s: float = 0.0, options: dict[str, str] | None = None) -> Path:
-    """A video with a noisy picture at each of the times, and `sound_s` seconds of noise beside it."""
-    rng = np.random.default_rng(0)
-    options = options or ({"movflags": "faststart"} if path.suffix == ".mp4" else {})
-    with av.open(str(path), "w", container_options=options) as container:
-        video = container.add_stream(CODECS[path.suffix], rate=FPS)
-        assert isinstance(video, VideoStream)
-        video.width = video.height = 64
-        video.pix_fmt = "yuv420p"
-        rate = Fraction(1, FPS if path.suffix in (".avi", ".ts") else 1000)
-        video.time_base = video.codec_context.time_base = rate
-        sound = container.add_stream(SOUND.get(path.suffix, "aac"), rate=48000, layout="mono") if sound_s else None
-        heard = 0.0
-        for time_s in times_s:
-            picture = rng.integers(0, 256, (64, 64, 3), np.uint8)
-            picture[16:] = int(20 + 5 * time_s) % 256  # so that a second tells its number
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = round(time_s / rate), rate
-            container.mux(video.encode(frame))
-            heard = play(container, sound, heard, min(time_s, sound_s))
-        play(container, sound, heard, sound_s)
-        for stream in [video, *([sound] if sound else [])]:
-            container.mux(stream.encode(None))
-    return path
-
-
-def play(container: av.container.OutputContainer, sound: object, start_s: float, end_s: float) -> float:
-    """Noise from one time to (nearly) the other."""
-    while isinstance(sound, AudioStream) and start_s < end_s:
-        noise = np.random.default_rng(1).uniform(-0.5, 0.5, (1, 960)).astype(np.float32)
-        frame = av.AudioFrame.from_ndarray(noise, format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 48000, round(start_s * 48000)
-        container.mux(sound.encode(frame))
-        start_s += 0.02
-    return start_s
-
-
-def steady(seconds: float, start_s: float = 0.0) -> list[float]:
-    return [start_s + number / FPS for number in range(round(seconds * FPS))]
 
 
 def rows(path: Path, cfg: DecodeConfig = SMALL) -> int:
@@ -82,7 +35,7 @@ def reason(path: Path, cfg: DecodeConfig = SMALL) -> str:
     [(".mp4", b"avc1", b"zz9q"), (".mkv", b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XXX"), (".avi", b"FMP4", b"QQ77")],
 )
 def test_no_decoder_for_the_codec(tmp_path: Path, suffix: str, name: bytes, other: bytes) -> None:
-    path = write(tmp_path / f"a{suffix}", steady(2))
+    path = write_frames(tmp_path / f"a{suffix}", steady(2))
     path.write_bytes(path.read_bytes().replace(name, other))
     with pytest.raises(DecodeError, match="no decoder for its codec") as caught:
         rows(path)
@@ -93,14 +46,14 @@ def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
     assert reason(tmp_path / f"{'a' * 300}.mp4") == "error"
     (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
     assert reason(tmp_path / "loop.mp4") == "missing"
-    locked = write(tmp_path / "locked.mp4", steady(1))
+    locked = write_frames(tmp_path / "locked.mp4", steady(1))
     locked.chmod(0)
     if not os.access(locked, os.R_OK):  # root may read everything
         assert reason(locked) == "error"
 
 
 def test_a_length_that_cannot_be_understood_is_ignored(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.mkv", steady(3))
+    path = write_frames(tmp_path / "a.mkv", steady(3))
     path.write_bytes(path.read_bytes().replace(b"00:00:03", b"0x:00:03"))
     reader = SecondsReader(path, SMALL)
     assert len(list(reader)) == 3
@@ -110,14 +63,14 @@ def test_a_length_that_cannot_be_understood_is_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".mkv", ".webm", ".mp4", ".flv", ".ts"])
 def test_a_late_start_is_not_a_missing_end(tmp_path: Path, suffix: str) -> None:
     """Matroska states when the video ends, not how long it is."""
-    reader = SecondsReader(write(tmp_path / f"a{suffix}", steady(4, start_s=20)), SMALL)
+    reader = SecondsReader(write_frames(tmp_path / f"a{suffix}", steady(4, start_s=20)), SMALL)
     assert len(list(reader)) == 4
     assert reader.claimed_s in (0.0, pytest.approx(4.0, abs=0.1))
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".flv", ".mp4", ".ts", ".avi", ".webm"])
 def test_sound_may_go_on_after_the_picture(tmp_path: Path, suffix: str) -> None:
-    path = write(tmp_path / f"a{suffix}", steady(3), sound_s=6)
+    path = write_frames(tmp_path / f"a{suffix}", steady(3), sound_s=6)
     path.write_bytes(path.read_bytes().replace(b"DURATION", b"DURATIOX"))  # Matroska's length of each stream
     assert SecondsReader(path, SMALL).claimed_s < 4
     assert rows(path) in (3, 4)  # FLV and MPEG-TS count from the first sound on, a little earlier
@@ -125,7 +78,7 @@ def test_sound_may_go_on_after_the_picture(tmp_path: Path, suffix: str) -> None:
 
 def test_a_video_that_starts_after_its_sound_is_long_enough_only_with_its_end(tmp_path: Path) -> None:
     for suffix in (".mp4", ".mkv"):
-        path = write(tmp_path / f"late{suffix}", steady(4, start_s=3), sound_s=8)
+        path = write_frames(tmp_path / f"late{suffix}", steady(4, start_s=3), sound_s=8)
         reader = SecondsReader(path, SMALL)
         assert len(list(reader)) == 7
         assert reader.claimed_s == pytest.approx(7.0, abs=0.1)
@@ -137,7 +90,7 @@ def test_a_video_that_starts_after_its_sound_is_long_enough_only_with_its_end(tm
 @pytest.mark.parametrize("suffix", [*CODECS, ".fragmented.mp4"])
 def test_a_cut_file_is_found(tmp_path: Path, suffix: str, sound_s: int) -> None:
     options = {"movflags": "frag_keyframe+empty_moov"} if suffix == ".fragmented.mp4" else None
-    whole = write(tmp_path / f"a{suffix}", steady(6), sound_s, options)
+    whole = write_frames(tmp_path / f"a{suffix}", steady(6), sound_s, options)
     assert reason(whole) == "ok"
     data = whole.read_bytes()
     cut = tmp_path / f"cut{suffix}"
@@ -172,14 +125,14 @@ def test_joined_files_are_read_to_their_end(tmp_path: Path, make_video: MakeVide
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 def test_pictures_that_are_held_stay(tmp_path: Path, suffix: str) -> None:
-    seconds = list(SecondsReader(write(tmp_path / f"slides{suffix}", [0, 5, 25, 26]), SMALL))
+    seconds = list(SecondsReader(write_frames(tmp_path / f"slides{suffix}", [0, 5, 25, 26]), SMALL))
     assert len(seconds) >= 26
     shown = [round((float(second[:, 32:].mean()) - 20) / 5) for second in seconds[:26]]
     assert shown == [*[0] * 5, *[5] * 20, 25]
 
 
 def test_damaged_time_stamps_do_not_make_a_video_longer(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.flv", steady(3))
+    path = write_frames(tmp_path / "a.flv", steady(3))
     data = bytearray(path.read_bytes())
     at = 13
     for number in range(60):  # walk over the tags: type, size, time (3 bytes and a fourth above them)
@@ -216,7 +169,7 @@ def damaged(data: bytes, other: bytes, rng: Random) -> bytes:
 
 
 def test_whatever_a_file_holds_only_a_decode_error_comes_out(tmp_path: Path) -> None:
-    whole = {suffix: write(tmp_path / f"a{suffix}", steady(1), sound_s=1).read_bytes() for suffix in CODECS}
+    whole = {suffix: write_frames(tmp_path / f"a{suffix}", steady(1), sound_s=1).read_bytes() for suffix in CODECS}
     rng, found = Random(0), Counter[str]()
     for _ in range(60):
         suffix = rng.choice(list(whole))
