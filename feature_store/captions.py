@@ -154,7 +154,7 @@ def clean_captions(raw: RawCaptions, rule: str, counts: Counter[str]) -> list[Ca
     counts["duplicates"] += repeats
     kept = [caption for caption in captions if caption.start < caption.end]
     counts["bad_times"] += len(captions) - len(kept)
-    return kept
+    return sorted(kept, key=lambda caption: caption.start)  # what is left of a repeat starts later than it did
 
 
 class _Builder:
