@@ -172,7 +172,7 @@ def extract_to_store(context: Context, paths: list[Path], random_seed: int | Non
         tracker.text("\n".join(record.model_dump_json() for record in broken), "failures.jsonl")
         _print_summary(summary, report, broken, time.monotonic() - started)
         return {
-            "store": str(context.store), "ok": summary.tally.ok, "failed": summary.tally.failed,
+            "store": str(context.store), "ok": summary.tally.ok, "failed": _failed_of(broken, videos),
             "nothing_to_do": summary.nothing_to_do, "fingerprint": info["fingerprint"], "run": tracker.run_id,
         }  # fmt: skip
 
@@ -198,8 +198,17 @@ def _again(context: Context, videos: list["PlannedVideo"], captions: Path | None
     _print_captions(report)
     _print_failures(broken)
     info = store_info(context.store)
-    return {"store": str(context.store), "ok": info["videos"]["ok"], "failed": len(broken), "nothing_to_do": True,
-            "fingerprint": info["fingerprint"], "run": None}  # fmt: skip
+    return {"store": str(context.store), "ok": info["videos"]["ok"], "failed": _failed_of(broken, videos),
+            "nothing_to_do": True, "fingerprint": info["fingerprint"], "run": None}  # fmt: skip
+
+
+def _failed_of(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> int:
+    """Failures among the listed videos, repeated ones included: the same in equal runs, whatever the store holds."""
+    from feature_store.records import clean_text
+
+    inputs = {(clean_text(video.video_id), clean_text(video.path)) for video in videos}
+    ids = {video_id for video_id, _ in inputs}
+    return sum((r.video_id, r.path) in inputs if r.reason == "duplicate" else r.video_id in ids for r in broken)
 
 
 def _weights(context: Context, random_seed: int | None) -> Path | None:
@@ -219,13 +228,12 @@ def _weights(context: Context, random_seed: int | None) -> Path | None:
 
 def _check_captions(context: Context, captions: Path | None) -> None:
     """Find out before hours of extraction that the captions or their tokenizer cannot be read."""
+    from feature_store.caption_files import require_caption_file
     from feature_store.tokenizer import load_tokenizer
-    from vlm_dist.errors import ConfigError
 
     if captions is None:
         return
-    if not captions.is_file():
-        raise ConfigError(f"the caption file {captions} does not exist")
+    require_caption_file(captions)
     if not context.settings.captions.tokenizer.startswith("wordpiece:"):
         load_tokenizer(context.settings.captions.tokenizer)
 
