@@ -14,7 +14,7 @@ from feature_store.tokenizer import Tokenizer
 from vlm_dist.errors import ConfigError, StoreError
 
 _BLOCK = 1 << 20
-_SLACK = 1 << 20  # an error this far before the end of what was read is not for lack of the rest
+_SLACK = 32  # an error this far before the end of what was read is not for lack of the rest, but for an open string
 FORMS = (
     'raw_caption.json {"ID": {"start": [s], "end": [s], "text": ["..."]}}, '
     'JSONL lines {"video_id": "ID", "start": [s], "end": [s], "text": ["..."]}, '
@@ -105,23 +105,24 @@ def _iter_json(file: Path, text: TextIO) -> Iterator[RawCaptions]:
         peek()
         block = _BLOCK
         while True:
-            error = None
+            error, open_string = None, False
             try:
                 value, end = decoder.raw_decode(buffer, at)
                 if end < len(buffer):  # a number at the very end may go on
                     at = end
                     return value
             except json.JSONDecodeError as failure:
-                error = failure
-            more = text.read(block) if error is None or error.pos > len(buffer) - _SLACK else ""
+                error, open_string = failure, failure.msg.startswith("Unterminated string")
+            except (ValueError, RecursionError) as failure:  # a number of thousands of digits, thousands of brackets
+                raise _bad_json(file, f"{what} after {last}", failure) from None
+            more = text.read(block) if error is None or open_string or error.pos > len(buffer) - _SLACK else ""
             if not more:
                 raise _bad_json(file, f"{what} after {last}", error)
             buffer, at, block = buffer[at:] + more, 0, block * 2
 
     mark("{")
-    if peek() == "}":
-        return
-    while True:
+    after = mark("}") if peek() == "}" else ","
+    while after == ",":
         video_id = parse("video id")
         mark(":")
         value = parse(f"captions of video {video_id}")
@@ -129,10 +130,11 @@ def _iter_json(file: Path, text: TextIO) -> Iterator[RawCaptions]:
             raise StoreError(f"{file} has one object per line: name it .jsonl")
         last = f"video {video_id}"
         yield _checked(file, str(video_id), value)
-        if mark(",}") == "}":
-            return
+        after = mark(",}")
         if at > _BLOCK:
             buffer, at = buffer[at:], 0
+    if peek():
+        raise StoreError(f"{file} goes on after its closing brace; if it has one object per line, name it .jsonl")
 
 
 def _iter_jsonl(file: Path, text: TextIO) -> Iterator[RawCaptions]:
@@ -141,8 +143,8 @@ def _iter_jsonl(file: Path, text: TextIO) -> Iterator[RawCaptions]:
             continue
         try:
             value: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise StoreError(f"{file}, line {number} is not JSON ({error.msg}); each line must be one object") from None
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"{file}, line {number} is not JSON ({error}); each line must be one object") from None
         video_id = cast("dict[str, Any]", value).get("video_id") if isinstance(value, dict) else None
         if not isinstance(video_id, str):
             raise StoreError(f"{file}, line {number} has no video_id; give {FORMS}")
@@ -151,12 +153,17 @@ def _iter_jsonl(file: Path, text: TextIO) -> Iterator[RawCaptions]:
 
 def _iter_csv(file: Path, text: TextIO) -> Iterator[RawCaptions]:
     rows = csv.DictReader(text, strict=True)
-    missing = {"video_id", "start", "end", "text"} - set(rows.fieldnames or ())
-    if missing:
-        raise StoreError(f"{file} has no column {', '.join(sorted(missing))}; its first line must name the columns")
     current: RawCaptions | None = None
     try:
+        missing = {"video_id", "start", "end", "text"} - set(rows.fieldnames or ())
+        if missing:
+            raise StoreError(f"{file} has no column {', '.join(sorted(missing))}; its first line must name the columns")
         for row in rows:
+            if None in row or None in row.values():
+                what = "more" if None in row else "fewer"
+                raise StoreError(
+                    f"{file}, line {rows.line_num} has {what} fields than columns; quote texts with commas"
+                )
             if current is None or row["video_id"] != current.video_id:
                 if current:
                     yield current
@@ -165,7 +172,8 @@ def _iter_csv(file: Path, text: TextIO) -> Iterator[RawCaptions]:
             current.ends.append(row["end"])
             current.texts.append(row["text"])
     except csv.Error as error:
-        raise StoreError(f"{file}, line {rows.line_num}: {error}; quote texts that hold commas or quotes") from None
+        line = rows.reader.line_num
+        raise StoreError(f"{file}, line {line}: {error}; quote texts that hold commas or quotes") from None
     if current:
         yield current
 
@@ -236,6 +244,6 @@ def _checked(file: Path, video_id: str, value: Any) -> RawCaptions:
     return RawCaptions(video_id, starts, ends, texts)
 
 
-def _bad_json(file: Path, wanted: str, error: json.JSONDecodeError | None) -> StoreError:
-    detail = f" ({error.msg})" if error else ""
+def _bad_json(file: Path, wanted: str, error: Exception | None) -> StoreError:
+    detail = f" ({getattr(error, 'msg', error)})" if error else ""
     return StoreError(f"{file} is not the JSON that is expected: no {wanted}{detail}. Give {FORMS}")

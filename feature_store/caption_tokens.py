@@ -27,12 +27,10 @@ class Texts:
 
 
 def iter_videos(tables: Sequence[Table]) -> Iterator[tuple[bytes, VideoCaptions]]:
-    """Every video that has captions; of one in several tables the first counts."""
+    """Every video, also one without captions (any more); of one in several tables the first counts."""
     seen: set[bytes] = set()
     for ids, table in tables:
-        for number, key in enumerate(ids):
-            if key not in seen and table.clip_ptr[number + 1] > table.clip_ptr[number]:
-                yield key, table.video(number)
+        yield from ((key, table.video(number)) for number, key in enumerate(ids) if key not in seen)
         seen.update(ids)
 
 
@@ -69,12 +67,12 @@ def tokenise(
 def _groups(
     videos: Iterator[tuple[bytes, VideoCaptions]],
 ) -> Iterator[list[tuple[bytes, VideoCaptions, list[str]]]]:
-    """Videos together until they have enough captions to tokenise in parallel."""
+    """Videos together until there is enough to tokenise in parallel."""
     group: list[tuple[bytes, VideoCaptions, list[str]]] = []
     size = 0
     for key, captions in videos:
         group.append((key, captions, captions.texts()))
-        size += len(captions.ntext)
+        size += 1 + len(captions.ntext)
         if size >= BATCH:
             yield group
             group, size = [], 0

@@ -158,7 +158,7 @@ def clean_captions(raw: RawCaptions, rule: str, counts: Counter[str]) -> list[Ca
     counts["duplicates"] += repeats
     kept = [caption for caption in captions if caption.start < caption.end]
     counts["bad_times"] += len(captions) - len(kept)
-    return kept
+    return sorted(kept, key=lambda caption: caption.start)  # what is left of a repeat starts later than it did
 
 
 class _Builder:
@@ -221,8 +221,8 @@ def _milliseconds(video_id: str, value: object) -> int | None:
     """A time of a caption file in whole milliseconds; None for null and NaN."""
     try:
         seconds = math.nan if value is None or value == "" else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise StoreError(f"captions of video {video_id}: {value!r} is not a time in seconds") from None
+    except (TypeError, ValueError, OverflowError):
+        raise StoreError(f"captions of video {video_id}: {value!r:.60} is not a time in seconds") from None
     return round(seconds * 1000) if math.isfinite(seconds) else None
 
 

@@ -1,20 +1,29 @@
 """How videos become features and captions become tokens: the settings of extraction, store and captions."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _even(value: int) -> int:
+    if value % 2:
+        raise ValueError(f"must be even, because S3D takes frames and pixels in pairs; give {value - 1} or {value + 1}")
+    return value
+
+
+Even = Annotated[int, AfterValidator(_even)]
+
+
 class DecodeConfig(_Frozen):
     """How a video file becomes seconds of frames (reference/VLM recipe: 30 fps, short side 224, centre crop)."""
 
-    fps: int = Field(default=30, ge=1, le=120, description="Frames per second that the decoder hands on.")
-    size: int = Field(
-        default=224, ge=32, description="Short side after scaling, and side of the centre crop, in pixels."
+    fps: Even = Field(default=30, ge=2, le=120, description="Frames per second that the decoder hands on; even.")
+    size: Even = Field(
+        default=224, ge=32, description="Short side after scaling, and side of the centre crop, in pixels; even."
     )
     min_coverage: float = Field(
         default=0.95, ge=0.0, le=1.0,

@@ -20,31 +20,37 @@ class Caption(NamedTuple):
 def deduplicate_words(captions: Sequence[Caption]) -> tuple[list[Caption], int]:
     """Cuts the longest run of whole words that ends one caption and begins the next off the latter.
 
+    Captions of two, three or more rows that roll by one come out a row at a time, because each is compared with all
+    that the one before showed, also with the rows that were cut off that one.
+
+    Args:
+        captions: by start; none without a word.
+
     Returns:
         The captions that are left, and how many were cut or dropped.
     """
     kept: list[Caption] = []
-    words: list[str] = []  # of the last caption kept
+    shown: list[str] = []  # words of the caption before, whole
     repeats = 0
     for caption in captions:
         current = caption.text.split()
-        overlap = _overlap(words, current)
-        if not kept or not overlap:
+        overlap = _overlap(shown, current)
+        if not overlap:
             kept.append(caption)
-            words = current
+            shown = current
             continue
         repeats += 1
-        last = kept[-1]
-        if overlap == len(current):
+        last, rest = kept[-1], " ".join(current[overlap:])
+        if not rest:
             kept[-1] = last._replace(end=max(last.end, caption.end))
-        elif overlap == len(words) and current[:overlap] == words:
-            kept[-1] = Caption(min(last.start, caption.start), max(last.end, caption.end), caption.text)
-            words = current
+            continue
+        if overlap == len(shown):  # the caption before has grown
+            kept[-1] = last._replace(end=max(last.end, caption.end), text=f"{last.text} {rest}")
         else:
             kept[-1] = last = last._replace(end=max(last.end, caption.start))
             start = last.end if last.end < caption.end else caption.start  # what is left keeps some time of its own
-            words = current[overlap:]
-            kept.append(Caption(start, caption.end, " ".join(words)))
+            kept.append(Caption(start, caption.end, rest))
+        shown = current
     return kept, repeats
 
 

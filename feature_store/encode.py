@@ -40,7 +40,7 @@ class Extracted(NamedTuple):
 
 @torch.inference_mode()
 def features_from_file(
-    path: Path | str, model: S3D, cfg: ExtractConfig, on_batch: Callable[[], None] = lambda: None
+    path: Path | str, model: S3D, cfg: ExtractConfig, on_batch: Callable[[SecondsReader], None] = lambda reader: None
 ) -> Extracted:
     """Decode a video and encode each second of it; holds `batch_seconds` of frames at a time, never the whole video.
 
@@ -48,7 +48,7 @@ def features_from_file(
         path: Video file of any format that FFmpeg reads.
         model: Encoder in eval mode, on the device that shall work.
         cfg: Frame rate, size, layer, normalisation.
-        on_batch: Called after every `batch_seconds` of video.
+        on_batch: Called before each `batch_seconds` of video are encoded; may raise to go no further.
 
     Raises:
         DecodeError: the video is missing, broken or too slow (see `SecondsReader`).
@@ -60,12 +60,12 @@ def features_from_file(
     seconds = iter(reader)
     rows: list[np.ndarray] = []
     while batch := list(islice(seconds, cfg.batch_seconds)):
+        on_batch(reader)
         frames = torch.from_numpy(np.stack(batch)).to(device)
         tokens = model(_as_input(frames), cfg.layer)
         if cfg.normalise:
             tokens = functional.normalize(tokens, dim=-1)
         rows.append(tokens.half().cpu().numpy())
-        on_batch()
     features = np.concatenate(rows)
     if not np.isfinite(features).all():
         raise ExtractionError(f"{path}: the encoder's output is not finite; are its weights damaged?")
@@ -89,7 +89,7 @@ def calibration_clips(paths: Iterable[Path | str], cfg: DecodeConfig) -> np.ndar
         ExtractionError: none of the videos can be read.
     """
     clips: list[np.ndarray] = []
-    for path in sorted(paths, key=lambda path: (zlib.crc32(Path(path).name.encode()), str(path))):
+    for path in sorted(paths, key=lambda path: (zlib.crc32(Path(path).name.encode(errors="replace")), str(path))):
         clips.extend(_some_seconds(path, cfg))
         if len(clips) >= CALIBRATION_CLIPS:
             break

@@ -97,6 +97,7 @@ def require_same_encoder(
 
     Raises:
         StoreError: names what differs.
+        ExtractionError: no such weights file.
     """
     known = open_store(store).provenance
     if weights is not None:
@@ -121,6 +122,8 @@ def _provenance(cfg: ExtractConfig, known: Provenance | None, **weights: str | i
         decoder += f" / {_IGNORED_ROTATION}"
     if known and known.decoder.endswith(_IGNORED_ROTATION) == (not decode.rotate):
         decoder = known.decoder  # an update of the decoder does not forbid going on with a store
+    if known and known.weights_sha256 == weights["weights_sha256"]:
+        weights["weights"] = known.weights  # the same file under another name
     return Provenance.model_validate(
         {
             **weights,

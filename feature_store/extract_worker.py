@@ -6,24 +6,27 @@ file, so that the driver can show progress, and can name the video that took a w
 
 # pyright: reportUnknownMemberType=false
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from feature_store.commit import read_commit
 from feature_store.config import ExtractConfig
-from feature_store.decode import DecodeError
+from feature_store.decode import DecodeError, SecondsReader
 from feature_store.encode import features_from_file
 from feature_store.layout import open_store
 from feature_store.plan import PlannedVideo, ShardTask
 from feature_store.records import VideoRecord
 from feature_store.s3d import S3D
-from feature_store.writer import ShardAttempt
+from feature_store.writer import ShardAttempt, shard_done
 from vlm_dist.errors import ExtractionError
 
 ATTEMPTS = 2  # a video that was in work when this many workers died is given up
@@ -74,6 +77,10 @@ class Blame(NamedTuple):
 _NO_BLAME = Blame(0, "", "")
 
 
+class _NoRoom(Exception):
+    """A video does not fit into what is left of its shard."""
+
+
 def note_path(root: Path, shard: int) -> Path:
     """The note of whoever works on a shard; lost notes cost a progress display, nothing else."""
     return root / "_staging" / f"note-{shard:06d}.json"
@@ -115,7 +122,8 @@ class ShardWorker:
 
     def __init__(self, root: Path, cfg: ExtractConfig, weights: Mapping[str, np.ndarray], threads: int) -> None:
         torch.set_num_threads(threads)
-        self.root = open_store(root).root
+        self.meta = open_store(root)
+        self.root = self.meta.root
         self.cfg = cfg
         self.model = S3D()
         self.model.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
@@ -126,10 +134,14 @@ class ShardWorker:
     def _warm_up(self) -> None:
         # An encoder that does not run here must stop the work, instead of failing every video on its own.
         size, fps = self.cfg.decode.size, self.cfg.decode.fps
-        self.model(torch.zeros(1, 3, fps, size, size, device=next(self.model.parameters()).device))
+        out = self.model(torch.zeros(1, 3, fps, size, size, device=next(self.model.parameters()).device))
+        if not out.isfinite().all():
+            raise ExtractionError(
+                "the encoder gives no finite numbers even for a black picture: its weights are damaged"
+            )
 
     def extract(self, task: ShardTask, blames: Mapping[str, Blame]) -> Tally:
-        """Extract and commit one shard; a no-op for the store if another attempt was first.
+        """Extract and commit one shard; of a shard that is committed already, only the tally.
 
         Args:
             task: The shard's videos.
@@ -138,6 +150,8 @@ class ShardWorker:
         Raises:
             StoreError: the disk is full, or the store is damaged.
         """
+        if shard_done(self.root, task.shard):  # by a worker that died, or was thought dead, before it could tell
+            return self._committed(task.shard)
         tally = Tally()
         with ShardAttempt(self.root, task.shard) as attempt:
             for video in task.videos:
@@ -146,26 +160,45 @@ class ShardWorker:
                     record, features = _given_up(video, blame), None
                 else:
                     _write_note(self.root, task.shard, Note(video.video_id, tally))
-                    record, features = self._one(video, blame.deaths, lambda: _touch_note(self.root, task.shard))
+                    alive = partial(_touch_note, self.root, task.shard)
+                    record, features = self._one(video, blame.deaths, attempt.room(), alive)
                 tally = tally.plus_record(attempt.add(record, features))
             _write_note(self.root, task.shard, Note("", tally))
-            attempt.commit()
+            won = attempt.commit()
         note_path(self.root, task.shard).unlink(missing_ok=True)
+        return tally if won else self._committed(task.shard)
+
+    def _committed(self, shard: int) -> Tally:
+        tally = Tally()
+        for record in read_commit(self.meta, shard).videos:
+            tally = tally.plus_record(record)
         return tally
 
     def _one(
-        self, video: PlannedVideo, deaths: int, alive: Callable[[], None]
+        self, video: PlannedVideo, deaths: int, room: int, alive: Callable[[], None]
     ) -> tuple[VideoRecord, np.ndarray | None]:
+        """A video's record and rows; what does not fit into `room` rows is not encoded to its end."""
         known: dict[str, object] = {"video_id": video.video_id, "path": video.path, "attempts": deaths + 1}
+        empty = room == self.meta.rows_per_shard
+
+        def look(reader: SecondsReader) -> None:
+            alive()
+            # A claim may be wrong: it can put a video off until it is the first of a shard, where the truth counts.
+            if math.ceil(reader.decoded_s if empty else max(reader.decoded_s, reader.claimed_s)) > room:
+                known.update(decoded_s=reader.decoded_s, claimed_s=reader.claimed_s)
+                raise _NoRoom
+
         try:
-            got = features_from_file(video.path, self.model, self.cfg, alive)
+            got = features_from_file(video.path, self.model, self.cfg, look)
+        except _NoRoom:
+            if empty:
+                return _failed(known, "too_long", f"{video.path}: a shard of this store holds {room} seconds"), None
+            return VideoRecord.model_validate({**known, "status": "overflow"}), None
         except DecodeError as error:
             known |= {"decoded_s": error.decoded_s, "claimed_s": error.claimed_s}
             return _failed(known, error.reason, str(error)), None
         except ExtractionError as error:
             return _failed(known, error.reason, str(error)), None
-        except (ValueError, OSError) as error:  # of the file; what the encoder or the machine does is not its fault
-            return _failed(known, "error", f"{video.path}: {type(error).__name__}: {error}"), None
         known |= {"decoded_s": got.decoded_s, "claimed_s": got.claimed_s, "seconds": got.seconds}
         return VideoRecord.model_validate(known), got.features
 

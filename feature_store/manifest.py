@@ -69,22 +69,25 @@ def _in_manifest(manifest: Path) -> Iterator[PlannedVideo]:
 
 def _text(where: str, row: Mapping[str, object], column: str) -> str:
     value = row.get(column)
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{where}: column {column} must be a text that is not empty, not {value!r}")
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise ConfigError(f"{where}: column {column} must be a text that is not empty, not {value!r:.60}")
     return value
 
 
 def _csv_rows(manifest: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
     with manifest.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
-        header = reader.fieldnames or []
-        missing = [column for column in COLUMNS if column not in header]
-        if missing:
-            have = ", ".join(header) or "nothing"
-            raise ConfigError(f"{manifest}: line 1 must name the columns video_id and path; it has {have}")
         try:
+            header = reader.fieldnames or []
+            missing = [column for column in COLUMNS if column not in header]
+            if missing:
+                have = ", ".join(header) or "nothing"
+                raise ConfigError(f"{manifest}: line 1 must name the columns video_id and path; it has {have}")
             for row in reader:
-                yield f"{manifest}: line {reader.line_num}", row
+                where = f"{manifest}: line {reader.line_num}"
+                if None in row:
+                    raise ConfigError(f"{where}: more fields than columns; quote a path that holds a comma")
+                yield where, row
         except csv.Error as error:
             raise ConfigError(f"{manifest}: line {reader.reader.line_num}: {error}") from error
 
@@ -97,8 +100,8 @@ def _jsonl_rows(manifest: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
             where = f"{manifest}: line {number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{where}: no JSON ({error.msg} at column {error.colno})") from error
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{where}: no JSON ({error})") from error
             if not isinstance(row, dict):
                 raise ConfigError(f'{where}: must be an object such as {{"video_id": "a", "path": "a.mp4"}}')
             yield where, row

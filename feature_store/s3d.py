@@ -5,6 +5,8 @@ trained with MIL-NCE on HowTo100M (Miech et al. 2020). Module names are those of
 dict loads by name. Shape letters: B clips, C channels, T frames, H height, W width.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -25,6 +27,22 @@ _BLOCKS: dict[str, tuple[int, tuple[int, int], tuple[int, int], int]] = {
 }
 Layer = Literal["video_embedding", "mixed_5c"]
 FEATURE_DIM: dict[Layer, int] = {"video_embedding": 512, "mixed_5c": 1024}
+
+
+@contextmanager
+def full_float32() -> Generator[None]:
+    """Whole float32 on GPUs too, and the former setting afterwards.
+
+    By default cuDNN rounds what a float32 convolution multiplies to the 10 bits of TF32, an error of 5e-4 in each
+    product; the features of a store must be the same to 5e-5, whichever machine they were made on.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def space_to_depth(frames: Tensor) -> Tensor:
@@ -130,6 +148,7 @@ class S3D(nn.Module):
         self.fc = nn.Linear(FEATURE_DIM["mixed_5c"], FEATURE_DIM["video_embedding"])
         self.eval()
 
+    @full_float32()
     def forward(self, frames: Tensor, layer: Layer = "video_embedding") -> Tensor:
         """Features of clips, not normalised.
 

@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from feature_store.tokenizer_files import parse_settings, parse_tokenizer, read_text
 from vlm_dist.errors import ConfigError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -106,18 +107,14 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
     if not folder.is_dir():
         return _from_hub(name_or_folder)
     if (folder / "tokenizer.json").is_file():
-        return _from_json((folder / "tokenizer.json").read_text("utf-8"), str(folder / "tokenizer.json"))
+        path = folder / "tokenizer.json"
+        return Tokenizer(*parse_tokenizer(read_text(path), str(path)), str(path))
     if not (folder / "vocab.txt").is_file():
         raise ConfigError(f"{folder} has neither tokenizer.json nor vocab.txt; give a folder with a BERT vocabulary")
-    vocab = (folder / "vocab.txt").read_text("utf-8").split("\n")
+    vocab = read_text(folder / "vocab.txt").split("\n")
     config = folder / "tokenizer_config.json"
-    settings: dict[str, Any] = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    return Tokenizer(
-        vocab[:-1] if vocab[-1] == "" else vocab,
-        settings.get("do_lower_case", True),
-        settings.get("strip_accents"),
-        str(folder / "vocab.txt"),
-    )
+    casing = parse_settings(read_text(config), str(config)) if config.is_file() else (True, None)
+    return Tokenizer(vocab[:-1] if vocab[-1] == "" else vocab, *casing, str(folder / "vocab.txt"))
 
 
 def train_wordpiece(texts: Iterable[str], size: int) -> Tokenizer:
@@ -167,19 +164,6 @@ def _backend(ids: dict[str, int], lowercase: bool, strip_accents: bool | None) -
     return backend
 
 
-def _from_json(text: str, name: str) -> Tokenizer:
-    whole: dict[str, Any] = json.loads(text)
-    model: dict[str, Any] = whole.get("model", {})
-    normaliser: dict[str, Any] = whole.get("normalizer") or {}
-    if model.get("type", "WordPiece") != "WordPiece" or model.get("continuing_subword_prefix") != "##":
-        raise ConfigError(f"{name} is a {model.get('type')} tokenizer; VLM takes a BERT WordPiece vocabulary")
-    vocab = model["vocab"]
-    pieces = sorted(vocab, key=vocab.__getitem__)
-    if [vocab[piece] for piece in pieces] != list(range(len(pieces))):
-        raise ConfigError(f"{name}: its ids are not 0 to {len(pieces) - 1}; give a whole vocabulary")
-    return Tokenizer(pieces, normaliser.get("lowercase", True), normaliser.get("strip_accents"), name)
-
-
 def _from_hub(name: str) -> Tokenizer:
     transformers = importlib.import_module("transformers")  # seconds to import, and only for a name
     for local_only in (True, False):
@@ -189,7 +173,7 @@ def _from_hub(name: str) -> Tokenizer:
             loaded = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local_only)
         except (OSError, ValueError):
             continue
-        return _from_json(loaded.backend_tokenizer.to_str(), name)
+        return Tokenizer(*parse_tokenizer(loaded.backend_tokenizer.to_str(), name), name)
     raise ConfigError(
         f"tokenizer {name} is neither a folder here nor to be had from Hugging Face; give a folder with vocab.txt, "
         f"or {TRAIN_PREFIX}N to train one of N pieces on the captions"

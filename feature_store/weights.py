@@ -3,6 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,10 @@ def load_s3d(path: Path) -> tuple[S3D, str]:
         The model in eval mode, and the file's sha256.
 
     Raises:
-        ExtractionError: no such file, not a state dict, or keys or shapes that are not S3D's (they are named).
+        ExtractionError: no such file, not a state dict, or (these are named) keys or shapes that are not S3D's, or
+            values that are not finite.
     """
-    if not path.is_file():
-        raise ExtractionError(f"{path}: no such weights file; {NO_WEIGHTS}")
+    sha256 = file_sha256(path)
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -45,8 +46,10 @@ def load_s3d(path: Path) -> tuple[S3D, str]:
     state = {key: value for key, value in state.items() if not str(key).startswith("text_module.")}
     model = S3D()
     _check_state(path, state, model.state_dict())
+    if damaged := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise ExtractionError(f"{path}: damaged weights: {_some(damaged)} hold values that are not finite; get it anew")
     model.load_state_dict(state)
-    return model, file_sha256(path)
+    return model, sha256
 
 
 def _check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -59,12 +62,18 @@ def _check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tenso
         if key in shapes and shapes[key] != tuple(value.shape)
     ]
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ExtractionError(f"{path}: not S3D's weights: {'; '.join(problems[:_SHOWN])}{more}. {NO_WEIGHTS}")
+        raise ExtractionError(f"{path}: not S3D's weights: {_some(problems)}. {NO_WEIGHTS}")
+
+
+def _some(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + more
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
+    """sha256 of a weights file's bytes, in hex; ExtractionError if there is no such file."""
+    if not path.is_file():
+        raise ExtractionError(f"{path}: no such weights file; {NO_WEIGHTS}")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

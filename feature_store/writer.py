@@ -48,6 +48,10 @@ class ShardAttempt:
         self._records: dict[str, VideoRecord] = {}
         self._broken = False
 
+    def room(self) -> int:
+        """Rows that the shard has place for yet."""
+        return self._meta.rows_per_shard - self._rows.rows
+
     def add(self, record: VideoRecord, features: np.ndarray | None) -> VideoRecord:
         """Stages one video.
 
@@ -125,10 +129,6 @@ class ShardAttempt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abandon()
-
-    def room(self) -> int:
-        """Rows that still fit into the shard."""
-        return self._meta.rows_per_shard - self._rows.rows
 
     def _remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,22 @@ def test_real_captions(shared: Path, tmp_path: Path) -> None:
         ("a.csv", "video_id,start,text\n", "has no column end"),
         ("a.csv", "video_id,start,end,text\na,0,1,x\nb,0,1,x\na,2,3,x\n", "video a occurs twice"),
         ("a.csv", "video_id,start,end,text\na,zero,1,x\n", "video a: 'zero' is not a time"),
+        ("a.csv", "video_id,start,end,text\na,0,1,hello, world\n", "line 2 has more fields than columns; quote"),
+        ("a.csv", "start,end,text,video_id\n0,1,hello\n", "line 2 has fewer fields than columns"),
+        ("a.csv", "video_id,start,end,text\na,0,1,x\n\nb,0\n", "line 4 has fewer fields than columns"),
+        ("a.csv", '"video_id,start,end,text\na,0,1,x\n', "line 2: unexpected end of data; quote"),
+        (
+            "a.json",
+            '{"v1": {"start": [], "end": [], "text": []}} {"v2": {}}',
+            r"after its closing brace.* name it \.jsonl",
+        ),
+        ("a.json", "{} rest", "goes on after its closing brace"),
+        ("a.json", '{"v7": {"start": [0], "end": [' + "9" * 5000 + '], "text": ["x"]}}', "captions of video v7"),
+        ("a.json", '{"v7": {"start": [0], "end": [' + "9" * 400 + '], "text": ["x"]}}', "video v7: 999.* not a time"),
+        ("a.json", '{"v7": ' + "[" * 100_000, "captions of video v7 after the beginning .*recursion"),
+        ("a.json", '{"v7": {"text": ["' + "x" * 3_000_000, "captions of video v7 .*Unterminated string"),
+        ("a.jsonl", '{"video_id": "v1", "start": [' + "9" * 5000 + "]}", "line 1 is not JSON .*digits"),
+        ("a.jsonl", "\n" + "[" * 100_000, "line 2 is not JSON .*recursion"),
     ],
 )
 def test_files_with_errors_name_the_video(tmp_path: Path, two: Path, name: str, content: str, message: str) -> None:
@@ -270,6 +287,26 @@ def test_files_with_errors_name_the_video(tmp_path: Path, two: Path, name: str, 
         write_captions(two, tmp_path / name, SMALL)
     assert StoreIndex(two).tokenizer_dir is None
     assert not list((two / "_staging").iterdir())
+
+
+def test_a_caption_may_be_longer_than_what_is_read_at_once(tmp_path: Path) -> None:
+    text = "pour and stir " * 300_000
+    save(tmp_path, {"a": {"start": [0, 9], "end": [9, 10], "text": [text, "x"]}, "b": NARRATION["b"]})
+    assert [raw.texts for raw in iter_captions(tmp_path / "captions.json")] == [[text, "x"], ["now we wait"]]
+
+
+@pytest.mark.parametrize("pieces", [120, 110])  # the same tokenizer, and another
+def test_captions_that_were_taken_out_do_not_come_back(tmp_path: Path, two: Path, pieces: int) -> None:
+    waiting = {"waits": NARRATION["b"], "goes": NARRATION["b"]}
+    write_captions(two, save(tmp_path, {**NARRATION, **waiting}), SMALL)
+    shutil.copytree(StoreIndex(two).tokenizer_dir or two, tmp_path / "tokenizer")
+    tokenizer = str(tmp_path / "tokenizer") if pieces == 120 else f"wordpiece:{pieces}"
+    none, unusable = {"start": [], "end": [], "text": []}, {"start": [5], "end": [4], "text": ["backwards"]}
+    file = save(tmp_path, {"a": none, "b": unusable, "goes": none}, "less.json")
+    report = write_captions(two, file, CaptionConfig(tokenizer=tokenizer))
+    assert said(StoreIndex(two)) == {"a": [], "b": [], "c": []}
+    assert report.captions_without_video_ids == ("waits",)
+    assert not verify_store(two, deep=True).problems
 
 
 def test_wrong_usage(tmp_path: Path, two: Path) -> None:

@@ -83,5 +83,17 @@ def test_calibration_does_not_depend_on_the_order(tmp_path: Path, make_video: Ca
     first = calibration_clips([*paths, tmp_path / "text.mp4"], SMALL.decode)
     assert np.array_equal(first, calibration_clips([tmp_path / "text.mp4", *reversed(paths)], SMALL.decode))
     assert len(first) == 4
+    long_name = tmp_path / f"{'a' * 300}.mp4"
+    assert np.array_equal(first, calibration_clips([long_name, *paths], SMALL.decode))
     with pytest.raises(ExtractionError, match="none of the videos can be read"):
         calibration_clips([tmp_path / "text.mp4"], SMALL.decode)
+
+
+@pytest.mark.parametrize(("key", "value"), [("fps", 25), ("size", 225)])
+def test_odd_numbers_of_frames_and_pixels_are_refused(key: str, value: int) -> None:
+    """S3D takes them in pairs; every even number will do."""
+    with pytest.raises(ValueError, match=f"must be even.* give {value - 1} or {value + 1}"):
+        DecodeConfig.model_validate({key: value})
+    for even in (2, 6, 34):
+        cfg = DecodeConfig(fps=even, size=30 + even)
+        assert S3D()(torch.rand(1, 3, cfg.fps, cfg.size, cfg.size)).shape == (1, 512)

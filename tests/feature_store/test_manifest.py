@@ -68,6 +68,11 @@ def test_jsonl(tmp_path: Path) -> None:
         ("a.csv", b"video_id,path\n1\n", "line 2: column path"),
         ("a.csv", b'video_id,path\n1,"a.mp4\n', "line 2"),
         ("a.csv", b"video_id,path\n\xff\xfe,a.mp4\n", "not UTF-8"),
+        ("a.csv", b"video_id,path\n1,a, b.mp4\n", "line 2: more fields than columns; quote a path"),
+        ("a.csv", b'"video_id,path\n1,a.mp4\n', "line 2: unexpected end of data"),
+        ("a.jsonl", b'{"video_id": "1", "path": "a\\u0000b.mp4"}\n', "line 1: column path"),
+        ("a.jsonl", b'{"video_id": ' + b"9" * 5000 + b"}\n", "line 1: no JSON"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "line 1: no JSON"),
         (
             "a.jsonl",
             b'{"video_id": "1", "path": "a.mp4"}\n{"video_id": 2, "path": "b.mp4"}\n',

@@ -1,5 +1,6 @@
 """feature_store.s3d: the numbers of the reference, the names of the public checkpoint, and the parts one by one."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -28,6 +29,34 @@ def test_matches_the_reference(shared: Path, golden: S3D, clip: str) -> None:
         mixed_5c = golden(frames, "mixed_5c").numpy()
     assert np.abs(embedding - numbers[f"emb_{clip}"]).max() < 5e-5
     assert np.abs(mixed_5c - numbers[f"mixed_5c_{clip}"]).max() < 2e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("clip", ["small", "odd16", "full"])
+def test_matches_the_reference_on_cuda(shared: Path, golden: S3D, clip: str) -> None:
+    numbers = np.load(shared / "golden" / "s3d_io.npz")
+    frames = torch.from_numpy(numbers[f"clip_{clip}"]).cuda().float() / 255
+    with torch.inference_mode():
+        embedding = copy.deepcopy(golden).cuda()(frames).cpu().numpy()
+    assert np.abs(embedding - numbers[f"emb_{clip}"]).max() < 5e-5
+
+
+def test_runs_in_whole_float32_and_leaves_the_settings_as_they_were() -> None:
+    def settings() -> tuple[bool, str]:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    model, seen = S3D(), []
+    model.conv1.register_forward_hook(lambda *args: seen.append(settings()))
+    before = settings()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        model(torch.rand(1, 3, 2, 32, 32))
+        assert settings() == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision(before[1])
+        torch.backends.cudnn.allow_tf32 = before[0]
+    assert seen == [(False, "highest")]
 
 
 def test_names_and_shapes_of_the_public_checkpoint(shared: Path) -> None:

@@ -6,8 +6,11 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import normalizers as norm
 from transformers import AutoTokenizer
 
 from feature_store.tokenizer import SPECIAL, load_tokenizer, train_wordpiece
@@ -128,3 +131,79 @@ def test_folders_that_hold_something_else(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
     with pytest.raises(ConfigError, match=r"wordpiece:20 is too small: \d+ characters"):
         train_wordpiece(TEXTS, 20)
+
+
+def write_cased(folder: Path, normaliser: Any) -> tokenizers.Tokenizer:
+    """A folder with a tokenizer.json of a small cased vocabulary, as Hugging Face's library writes it."""
+    pieces = [*SPECIAL, "Hello", "hello", "café", "cafe"]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    whole = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    if normaliser is not None:
+        whole.normalizer = normaliser
+    whole.save(str(folder / "tokenizer.json"))
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("normaliser", "expected"),
+    [
+        (None, "Hello café"),
+        (norm.BertNormalizer(), "hello cafe"),
+        (norm.BertNormalizer(lowercase=False), "Hello café"),
+        (norm.BertNormalizer(strip_accents=False), "hello café"),
+        (norm.Sequence([norm.BertNormalizer(lowercase=False)]), "Hello café"),
+        (norm.Sequence([]), "Hello café"),
+        (norm.Lowercase(), "hello café"),
+        (norm.Sequence([norm.NFD(), norm.StripAccents()]), "Hello cafe"),
+        (norm.Sequence([norm.NFD(), norm.Lowercase(), norm.StripAccents()]), "hello cafe"),
+    ],
+)
+def test_casing_of_any_normaliser(tmp_path: Path, normaliser: Any, expected: str) -> None:
+    theirs = write_cased(tmp_path, normaliser)
+    ours = load_tokenizer(str(tmp_path))
+    assert ours.encode("Hello café") == theirs.encode("Hello café", add_special_tokens=False).ids
+    assert ours.decode(ours.encode("Hello café")) == expected
+
+
+@pytest.mark.parametrize(
+    "normaliser",
+    [
+        norm.NFKC(),
+        norm.Replace("a", "b"),
+        norm.BertNormalizer(handle_chinese_chars=False),
+        norm.Sequence([norm.BertNormalizer(), norm.NFKC()]),
+        norm.Sequence([norm.StripAccents()]),
+    ],
+)
+def test_normalisers_that_do_something_else_are_refused(tmp_path: Path, normaliser: Any) -> None:
+    write_cased(tmp_path, normaliser)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: its normalizer is not BERT's"):
+        load_tokenizer(str(tmp_path))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 466062\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": POINTER}, r"tokenizer\.json .*pointer of Git-LFS, `git lfs pull`"),
+        ({"tokenizer.json": "[]"}, r"tokenizer\.json is no tokenizer of BERT's kind: the file: .* object"),
+        ({"tokenizer.json": "[" * 100_000}, r"tokenizer\.json is no tokenizer"),
+        ({"tokenizer.json": '{"normalizer": null}'}, r"tokenizer\.json is no tokenizer of BERT's kind: model"),
+        ({"tokenizer.json": '{"model": {"vocab": ["a", "b"]}}'}, r"model\.vocab"),
+        ({"tokenizer.json": '{"model": {"continuing_subword_prefix": "##", "vocab": {"a": 7}}}'}, "ids are not 0 to 0"),
+        ({"vocab.txt": "[PAD]\n", "tokenizer_config.json": "oops"}, r"tokenizer_config\.json"),
+        ({"vocab.txt": "[PAD]\n", "tokenizer_config.json": "[1]"}, r"tokenizer_config\.json"),
+        ({"vocab.txt": POINTER}, r"vocab\.txt has no \[PAD\]"),
+    ],
+)
+def test_files_that_are_no_tokenizer_are_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / next(iter(files))).write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_tokenizer(str(tmp_path))

@@ -1,6 +1,7 @@
 """feature_store.weights: the public file's form, errors that name what is wrong, and calibrated random weights."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.encode import calibration_clips, features_from_file
+from feature_store.encoder import prepare_encoder, require_same_encoder
 from feature_store.s3d import S3D
 from feature_store.weights import load_s3d, random_s3d
-from vlm_dist.errors import ExtractionError
+from vlm_dist.errors import ExtractionError, StoreError
 
 SMALL = ExtractConfig(decode=DecodeConfig(fps=16, size=64))
 
@@ -56,6 +58,13 @@ def test_names_wrong_keys_and_shapes(tmp_path: Path, public_form: dict[str, Tens
     assert "more" not in text.split(". ")[0]
 
 
+def test_damaged_values_are_named(tmp_path: Path, public_form: dict[str, Tensor]) -> None:
+    for value in (float("nan"), float("inf")):
+        torch.save({**public_form, "fc.bias": torch.full((512,), value)}, tmp_path / "a.pth")
+        with pytest.raises(ExtractionError, match=r"damaged weights: fc\.bias"):
+            load_s3d(tmp_path / "a.pth")
+
+
 def test_names_only_some_of_many_differences(tmp_path: Path, public_form: dict[str, Tensor]) -> None:
     path = tmp_path / "prefixed.pth"
     torch.save({f"module.{key}": value for key, value in public_form.items()}, path)
@@ -89,6 +98,20 @@ def test_absent_file_tells_where_weights_come_from(tmp_path: Path) -> None:
     with pytest.raises(ExtractionError, match="S3D_HowTo100M") as caught:
         load_s3d(tmp_path / "none.pth")
     assert "--random-weights" in str(caught.value)
+
+
+def test_a_store_knows_its_weights_under_any_name(tmp_path: Path, public_form: dict[str, Tensor]) -> None:
+    torch.save(public_form, tmp_path / "a.pth")
+    shutil.copy(tmp_path / "a.pth", tmp_path / "renamed.pth")
+    store = tmp_path / "store"
+    made = prepare_encoder(store, [], SMALL, weights=tmp_path / "a.pth").provenance
+    require_same_encoder(store, SMALL, random_seed=None, weights=tmp_path / "renamed.pth")
+    assert prepare_encoder(store, [], SMALL, weights=tmp_path / "renamed.pth").provenance == made
+    with pytest.raises(ExtractionError, match=r"typo\.pth: no such weights file"):
+        require_same_encoder(store, SMALL, random_seed=None, weights=tmp_path / "typo.pth")
+    torch.save({**public_form, "fc.bias": torch.zeros(512)}, tmp_path / "a.pth")
+    with pytest.raises(StoreError, match="weights"):
+        require_same_encoder(store, SMALL, random_seed=None, weights=tmp_path / "a.pth")
 
 
 def unit_rows(features: np.ndarray) -> np.ndarray:

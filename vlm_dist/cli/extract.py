@@ -174,7 +174,7 @@ def extract_to_store(
         tracker.text("\n".join(record.model_dump_json() for record in broken), "failures.jsonl")
         _print_summary(summary, report, broken, time.monotonic() - started)
         return {
-            "store": str(context.store), "ok": summary.tally.ok, "failed": summary.tally.failed,
+            "store": str(context.store), "ok": summary.tally.ok, "failed": _failed_of(broken, videos),
             "nothing_to_do": summary.nothing_to_do, "fingerprint": info["fingerprint"], "run": tracker.run_id,
         }  # fmt: skip
 
@@ -206,8 +206,17 @@ def _again(context: Context, videos: list["PlannedVideo"], captions: Path | None
             tracker.tags({"vlm_dist.store_fingerprint": info["fingerprint"], "vlm_dist.store": str(context.store)})
             tracker.metrics({"extract/captions": report.clips}, 0)
             run = tracker.run_id
-    return {"store": str(context.store), "ok": info["videos"]["ok"], "failed": len(broken), "nothing_to_do": True,
-            "fingerprint": info["fingerprint"], "run": run}  # fmt: skip
+    return {"store": str(context.store), "ok": info["videos"]["ok"], "failed": _failed_of(broken, videos),
+            "nothing_to_do": True, "fingerprint": info["fingerprint"], "run": run}  # fmt: skip
+
+
+def _failed_of(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> int:
+    """Failures among the listed videos, repeated ones included: the same in equal runs, whatever the store holds."""
+    from feature_store.records import clean_text
+
+    inputs = {(clean_text(video.video_id), clean_text(video.path)) for video in videos}
+    ids = {video_id for video_id, _ in inputs}
+    return sum((r.video_id, r.path) in inputs if r.reason == "duplicate" else r.video_id in ids for r in broken)
 
 
 def _weights(context: Context, random_seed: int | None) -> Path | None:

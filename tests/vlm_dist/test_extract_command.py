@@ -1,0 +1,58 @@
+"""`vlm-dist extract` as it is typed: exit codes that do not change, and wrong usage that is found before the work."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.mlflow_server import tracking_server
+from vlm_dist.cli.app import main
+
+SETTINGS = """
+[extract]
+workers = 1
+[extract.decode]
+fps = 16
+size = 64
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Path], ray_session: None
+) -> Iterator[Path]:
+    """A workspace with a video, another of the same name, and a broken one, while its tracking server runs."""
+    root = tmp_path_factory.mktemp("workspace")
+    (root / "vlm-dist.toml").write_text(SETTINGS)
+    make_video(root / "videos" / "good.mp4", 2.0)
+    make_video(root / "videos" / "again" / "good.mp4", 1.0)
+    (root / "broken.mp4").write_text("not a film")
+    with tracking_server(ClusterConfig(), root):
+        yield root
+
+
+def extract(folder: Path, *words: str) -> int:
+    return main(["extract", *words, "--workspace", str(folder)])
+
+
+def test_wrong_usage_is_found_before_the_work(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "caps.txt").write_text("1 0.0 hello")
+    videos = str(folder / "videos")
+    assert extract(folder, videos, "--random-weights", "0", "--captions", str(folder / "caps.txt")) == 2
+    assert "the ending '.txt' is not known" in capsys.readouterr().err
+    assert extract(folder, videos, "--random-weights", "0", "--set", "extract.decode.fps=25") == 2
+    assert "must be even" in capsys.readouterr().err
+    assert not (folder / "store").exists()
+
+
+def test_equal_runs_end_with_equal_codes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    videos, good, broken = (str(folder / name) for name in ("videos", "videos/again/good.mp4", "broken.mp4"))
+    strict = ("--random-weights", "0", "--strict")
+    assert [extract(folder, videos, *strict) for _ in range(2)] == [3, 3], "one of the two of one name was left out"
+    assert [extract(folder, good, *strict) for _ in range(2)] == [0, 0], "nothing is wrong with what was listed"
+    assert [extract(folder, broken, *strict) for _ in range(2)] == [3, 3]
+    assert [extract(folder, good, broken, *strict) for _ in range(2)] == [3, 3]
+    capsys.readouterr()
+    assert extract(folder, videos, "--weights", str(folder / "typo.pth")) == 1
+    assert "typo.pth: no such weights file; no S3D weights" in capsys.readouterr().err
