@@ -61,7 +61,7 @@ class ImportConfig(_Frozen):
 
 
 class StoreConfig(_Frozen):
-    """Layout of a new store; fixed when the store is created."""
+    """Layout of a new store (fixed when the store is created), and how stores are read."""
 
     rows_per_shard: int = Field(
         default=0, ge=0, description="Rows of one shard; 0 takes the most that stay within 64 MiB."
@@ -69,6 +69,13 @@ class StoreConfig(_Frozen):
     check: Literal["off", "sampled", "always"] = Field(
         default="sampled", description="How often a reader checks the crc32c of the videos that it reads."
     )
+    mapped: bool = Field(
+        default=False, description="Map shards into memory: quicker where the store fits into the page cache."
+    )
+    cache_gib: float = Field(
+        default=0.0, ge=0,
+        description="GiB of whole shards of an s3:// store that a node keeps; 0 reads each video by one request.",
+    )  # fmt: skip
 
 
 class CaptionConfig(_Frozen):

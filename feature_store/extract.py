@@ -18,9 +18,11 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from feature_store.config import ExtractConfig
 from feature_store.encoder import prepare_encoder
-from feature_store.extract_worker import ATTEMPTS, Blame, ShardWorker, Tally, note_age_mark, note_path, read_note
+from feature_store.extract_worker import ATTEMPTS, Blame, ShardWorker
+from feature_store.notes import Notes, Tally
 from feature_store.plan import PlannedVideo, ShardTask, plan_videos
 from feature_store.snapshot import finalise
+from feature_store.storage import Root
 from vlm_dist.errors import ConfigError, ExtractionError
 
 _POLL_S = 0.5
@@ -82,13 +84,14 @@ class ExtractSummary:
 
 
 def extract_corpus(
-    store: Path,
+    store: Root,
     videos: Sequence[PlannedVideo],
     cfg: ExtractConfig,
     *,
     random_seed: int | None = None,
     weights: Path | None = None,
     rows_per_shard: int = 0,
+    retry_failed: bool = False,
     on_progress: Callable[[ExtractProgress], None] = lambda progress: None,
 ) -> ExtractSummary:
     """Extract videos into a store, made or continued; the caller has called `ray.init`.
@@ -97,12 +100,13 @@ def extract_corpus(
     call does the rest; after the end it does nothing.
 
     Args:
-        store: Folder of the store, on a file system that every worker sees.
+        store: A folder on a file system that every worker sees, or s3://bucket/prefix.
         videos: What to extract; known ids are passed over.
         cfg: Decoding, layer, batch, workers.
         random_seed: Use random weights of this seed, fitted to a sample of the corpus and kept in the store.
         weights: The S3D weights file; exactly one of weights and random_seed is given.
         rows_per_shard: See `create_store`.
+        retry_failed: Try the store's failed videos again.
         on_progress: Called about twice a second.
 
     Raises:
@@ -119,10 +123,10 @@ def extract_corpus(
     state = ray.put(encoder.state())
     run = _Run(store, cfg, workers, state, start, on_progress)
     given: Sequence[PlannedVideo] = videos
-    while tasks := plan_videos(store, given, workers):
+    while tasks := plan_videos(store, given, workers, retry_failed):
         run.work(tasks)
         finalise(store)
-        given = ()  # only what overflowed its shard is left to plan
+        given, retry_failed = (), False  # only what overflowed its shard is left to plan
     return ExtractSummary(
         listed=len(videos),
         tally=run.tally,
@@ -152,7 +156,7 @@ def _num_workers(cfg: ExtractConfig) -> int:
 class _Run:
     """The pull queue: shards wait, actors work, the dead are replaced."""
 
-    store: Path
+    store: Root
     cfg: ExtractConfig
     workers: int
     state: Any
@@ -165,6 +169,9 @@ class _Run:
     deaths: int = 0
     blames: dict[str, Blame] = field(default_factory=dict[str, Blame])
 
+    def __post_init__(self) -> None:
+        self.notes = Notes(self.store)
+
     def work(self, tasks: Sequence[ShardTask]) -> None:
         """Run the tasks to their end, on as many actors as there are workers."""
         self.shards += len(tasks)
@@ -173,9 +180,9 @@ class _Run:
         count = min(self.workers, len(tasks))
         idle = [self._actor(count) for _ in range(count)]
         running: dict[Any, tuple[Any, ShardTask]] = {}
-        watch = _Watch(self.store, self.cfg.decode.timeout_s + _HANG_GRACE_S)
+        watch = _Watch(self.notes, self.cfg.decode.timeout_s + _HANG_GRACE_S)
         for task in tasks:
-            note_path(self.store, task.shard).unlink(missing_ok=True)  # of a run that was killed
+            self.notes.clear(task.shard)  # of a run that was killed
         try:
             while queue or running:
                 while queue and idle:
@@ -215,10 +222,8 @@ class _Run:
     def _blame(self, shard: int, lost: Counter[int], hung: bool, error: Exception) -> None:
         """Note which video a dead worker was at; a shard whose workers die outside of any video stops the run."""
         self.deaths += 1
-        note = read_note(self.store, shard)
-        note_path(self.store, shard).unlink(
-            missing_ok=True
-        )  # else the next worker's death while loading is blamed on it
+        note = self.notes.read(shard, fresh=True)
+        self.notes.clear(shard)  # else the next worker's death while loading is blamed on it
         deaths = self.blames[note.video_id].deaths if note and note.video_id in self.blames else 0
         if note and note.video_id and deaths < ATTEMPTS:
             deaths = ATTEMPTS if hung else deaths + 1
@@ -232,7 +237,7 @@ class _Run:
     def _report(self, working: Sequence[ShardTask]) -> None:
         tally = self.tally
         for task in working:
-            if note := read_note(self.store, task.shard):
+            if note := self.notes.read(task.shard):
                 tally = tally.plus(note.tally)
         elapsed = time.monotonic() - self.start
         self.on_progress(ExtractProgress(self.videos, tally, self.shards, self.shards_done, elapsed, self.deaths))
@@ -241,19 +246,19 @@ class _Run:
 class _Watch:
     """Finds workers that have shown no sign of life within a video for longer than decoding may take."""
 
-    def __init__(self, store: Path, limit_s: float) -> None:
-        self.store, self.limit_s = store, limit_s
-        self.since: dict[int, tuple[int, float]] = {}
+    def __init__(self, notes: Notes, limit_s: float) -> None:
+        self.notes, self.limit_s = notes, limit_s
+        self.since: dict[int, tuple[float, float]] = {}
 
     def is_hung(self, shard: int) -> bool:
-        """Whether the shard's note names a video and has not been touched for longer than the limit."""
-        mark, now = note_age_mark(self.store, shard), time.monotonic()
-        before, since = self.since.get(shard, (0, now))
-        if mark != before:
-            self.since[shard] = mark, now
+        """Whether the shard's note names a video and has not been renewed for longer than the limit."""
+        note, now = self.notes.read(shard), time.monotonic()
+        beat = note.beat if note else 0.0
+        before, since = self.since.get(shard, (-1.0, now))
+        if beat != before:
+            self.since[shard] = beat, now
             return False
-        note = read_note(self.store, shard) if now - since > self.limit_s else None
-        return note is not None and note.video_id != ""
+        return note is not None and note.video_id != "" and now - since > self.limit_s
 
     def forget(self, shard: int) -> None:
         """Start anew with the shard's next attempt."""

@@ -1,18 +1,12 @@
 """One shard's videos → features → commit: what a single extraction worker does (in a Ray actor, see extract.py).
 
-A broken video becomes a record with its reason and the shard goes on. What a worker is doing stands in a small note
-file, so that the driver can show progress, and can name the video that took a worker down with it.
+A broken video becomes a record with its reason and the shard goes on. What a worker is doing stands in its note.
 """
 
 # pyright: reportUnknownMemberType=false
-import json
 import math
-import os
-from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,47 +17,15 @@ from feature_store.config import ExtractConfig
 from feature_store.decode import DecodeError, SecondsReader
 from feature_store.encode import features_from_file
 from feature_store.layout import open_store
+from feature_store.notes import Note, Notes, Tally
 from feature_store.plan import PlannedVideo, ShardTask
 from feature_store.records import VideoRecord
 from feature_store.s3d import S3D
+from feature_store.storage import Root
 from feature_store.writer import ShardAttempt, shard_done
 from vlm_dist.errors import ExtractionError
 
 ATTEMPTS = 2  # a video that was in work when this many workers died is given up
-
-
-class Tally(NamedTuple):
-    """What became of the videos of a shard (or of many)."""
-
-    ok: int = 0
-    seconds: int = 0
-    """Seconds of video that became rows."""
-    reasons: Mapping[str, int] = {}
-    """Failed videos by reason; `overflow` counts those that wait for a further shard."""
-
-    @property
-    def failed(self) -> int:
-        """Videos that gave no features."""
-        return sum(self.reasons.values()) - self.reasons.get("overflow", 0)
-
-    def plus(self, other: "Tally") -> "Tally":
-        """The sum of two tallies."""
-        return Tally(
-            self.ok + other.ok, self.seconds + other.seconds, dict(Counter(self.reasons) + Counter(other.reasons))
-        )
-
-    def plus_record(self, record: VideoRecord) -> "Tally":
-        """The tally with one more video."""
-        if record.status == "ok":
-            return self.plus(Tally(1, record.n_rows))
-        return self.plus(Tally(reasons={record.reason or record.status: 1}))
-
-
-class Note(NamedTuple):
-    """What a worker is doing: the video in work ("" between videos), and what it has done of the shard."""
-
-    video_id: str
-    tally: Tally
 
 
 class Blame(NamedTuple):
@@ -81,49 +43,13 @@ class _NoRoom(Exception):
     """A video does not fit into what is left of its shard."""
 
 
-def note_path(root: Path, shard: int) -> Path:
-    """The note of whoever works on a shard; lost notes cost a progress display, nothing else."""
-    return root / "_staging" / f"note-{shard:06d}.json"
-
-
-def read_note(root: Path, shard: int) -> Note | None:
-    """The last note about a shard, or None."""
-    try:
-        video_id, tally = json.loads(note_path(root, shard).read_text())
-    except (OSError, ValueError):
-        return None
-    return Note(video_id, Tally(*tally))
-
-
-def _touch_note(root: Path, shard: int) -> None:
-    """Say that the video in work goes on."""
-    with suppress(OSError):
-        os.utime(note_path(root, shard))
-
-
-def note_age_mark(root: Path, shard: int) -> int:
-    """When the note was last written or touched, in nanoseconds; 0 without one."""
-    try:
-        return note_path(root, shard).stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-def _write_note(root: Path, shard: int, note: Note) -> None:
-    path = note_path(root, shard)
-    temp = path.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):  # a full disk is reported by the shard's own writer
-        temp.write_text(json.dumps(note))
-        temp.replace(path)
-
-
 class ShardWorker:
     """Holds the encoder and extracts one shard after another."""
 
-    def __init__(self, root: Path, cfg: ExtractConfig, weights: Mapping[str, np.ndarray], threads: int) -> None:
+    def __init__(self, root: Root, cfg: ExtractConfig, weights: Mapping[str, np.ndarray], threads: int) -> None:
         torch.set_num_threads(threads)
         self.meta = open_store(root)
-        self.root = self.meta.root
+        self.notes = Notes(root)
         self.cfg = cfg
         self.model = S3D()
         self.model.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
@@ -150,22 +76,23 @@ class ShardWorker:
         Raises:
             StoreError: the disk is full, or the store is damaged.
         """
-        if shard_done(self.root, task.shard):  # by a worker that died, or was thought dead, before it could tell
+        if shard_done(self.meta.root, task.shard):  # by a worker that died, or was thought dead, before it could tell
             return self._committed(task.shard)
         tally = Tally()
-        with ShardAttempt(self.root, task.shard) as attempt:
+        with ShardAttempt(self.meta.root, task.shard) as attempt:
             for video in task.videos:
                 blame = blames.get(video.video_id, _NO_BLAME)
                 if blame.deaths >= ATTEMPTS:
                     record, features = _given_up(video, blame), None
                 else:
-                    _write_note(self.root, task.shard, Note(video.video_id, tally))
-                    alive = partial(_touch_note, self.root, task.shard)
+                    note = Note(video.video_id, tally)
+                    self.notes.write(task.shard, note)
+                    alive = partial(self.notes.beat, task.shard, note)
                     record, features = self._one(video, blame.deaths, attempt.room(), alive)
                 tally = tally.plus_record(attempt.add(record, features))
-            _write_note(self.root, task.shard, Note("", tally))
+            self.notes.write(task.shard, Note("", tally))
             won = attempt.commit()
-        note_path(self.root, task.shard).unlink(missing_ok=True)
+        self.notes.clear(task.shard)
         return tally if won else self._committed(task.shard)
 
     def _committed(self, shard: int) -> Tally:

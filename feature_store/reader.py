@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
+from feature_store.config import StoreConfig
 from feature_store.files import crc32c
 from feature_store.index import StoreIndex
 from feature_store.layout import CHUNK_ROWS, CRC_BYTES, shard_key
@@ -80,6 +81,11 @@ class FeatureReader:
         self._mapped = mapped
         self._open: OrderedDict[int, ShardSource] = OrderedDict()
         self._reads = 0
+
+    @classmethod
+    def of(cls, root: Root, cfg: StoreConfig, snapshot: str = "") -> Self:
+        """A reader as the settings say."""
+        return cls(root, cfg.check, snapshot, cache_bytes=int(cfg.cache_gib * 2**30), mapped=cfg.mapped)
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, Check, str, int, int, bool]]:
         budget = self._cache.budget if self._cache else 0

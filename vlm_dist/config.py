@@ -215,6 +215,8 @@ def _resolve(key: str, value: Any, base: Path) -> Any:
         return tuple(_resolve(key, part, base) for part in value)  # type: ignore[reportUnknownVariableType]
     if not isinstance(value, str) or not value or "://" in value:
         return value
+    if value.startswith("s3:/"):  # one slash is what a Path of the command line leaves
+        return "s3://" + value.removeprefix("s3:/")
     path = Path(os.path.abspath(base / Path(value).expanduser()))
     is_path = pattern(key) in _PATHS or (
         pattern(key) in _NAMES_OR_PATHS and (value.startswith((".", "/", "~")) or path.exists())

@@ -19,10 +19,10 @@ from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.encode import features_from_file
 from feature_store.encoder import kept_weights, prepare_encoder
 from feature_store.extract import ExtractProgress, ExtractSummary, extract_corpus
-from feature_store.extract_worker import note_path
 from feature_store.info import failures
 from feature_store.layout import open_store
 from feature_store.manifest import list_inputs
+from feature_store.notes import note_key
 from feature_store.plan import PlannedVideo
 from feature_store.reader import FeatureReader
 from feature_store.verify import verify_store
@@ -211,7 +211,7 @@ class Killer(threading.Thread):
 
 def in_work(store: Path, video_id: str) -> bool:
     """Whether a worker's note names the video."""
-    return any(f'["{video_id}"' in read_text(path) for path in note_path(store, 0).parent.glob("note-*.json"))
+    return any(f'["{video_id}"' in read_text(path) for path in (store / note_key(0)).parent.glob("note-*.json"))
 
 
 def read_text(path: Path) -> str:

@@ -31,19 +31,19 @@ class Context:
         return self.resolved.settings
 
     @property
-    def store(self) -> Path:
+    def store(self) -> str:
         """The workspace's feature store."""
-        return Path(self.settings.store)
+        return self.settings.store
 
     @property
     def runs(self) -> Path:
         """Folder of training runs."""
         return Path(self.settings.runs)
 
-    def require_store(self, store: Path | None = None) -> Path:
+    def require_store(self, store: str = "") -> str:
         """The store, if it is there. Errors: ConfigError that says how to make one."""
         store = store or self.store
-        if not store.exists():
+        if not store.startswith("s3://") and not Path(store).exists():
             raise ConfigError(
                 f"there is no feature store at {store}; make one with `vlm-dist extract VIDEOS --store {store}`"
             )
@@ -65,6 +65,11 @@ class Context:
     def resolved_json(self) -> str:
         """The settings as JSON text."""
         return self.settings.model_dump_json(indent=1)
+
+
+def store_address(store: Path | None, workspace: Path, overrides: list[str] | None) -> str:
+    """The store that a command line names, else the workspace's."""
+    return load_settings(workspace, overrides, {"store": store}).settings.store
 
 
 class TrainingView:

@@ -67,7 +67,7 @@ def run_evaluate(context: Context, task: str, source: str | None = None, *, zero
     with tempfile.TemporaryDirectory(prefix="vlm-dist-model-") as scratch, ExitStack() as stack:
         model = origin.model(context, store, Path(scratch))
         tracker = stack.enter_context(context.tracked("evaluate", task=task, tags=tags))
-        tracker.dataset(str(store), fingerprint, "evaluation")
+        tracker.dataset(store, fingerprint, "evaluation")
         result, form, loaded = evaluate_model(context, task, model, data, store, folder)
         for line in loaded.misfits.lines:
             print_warning(line)
@@ -108,7 +108,7 @@ def _must_be_pretrained(origin: Origin) -> None:
 
 
 def evaluate_model(
-    context: Context, task: str, model: Path, data: Path, store: Path, folder: Path
+    context: Context, task: str, model: Path, data: Path, store: str, folder: Path
 ) -> tuple["EvaluationResult", str, "Task"]:
     """Metrics of a model on the test split and files below `folder`; `fine-tuned` or `zero-shot`; the loaded task."""
     import torch
@@ -139,10 +139,10 @@ def task_data(context: Context, task: str) -> Path:
     return path
 
 
-def task_store(context: Context, task: str) -> Path:
+def task_store(context: Context, task: str) -> str:
     """The store of the task's videos: its own where it has one, else the workspace's."""
     options = context.settings.data.get(task)
-    return context.require_store(Path(options.store) if options and options.store else None)
+    return context.require_store(options.store if options else "")
 
 
 def print_metrics(task: str, metrics: dict[str, float]) -> None:

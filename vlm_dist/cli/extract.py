@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm_dist.cli.context import Context
-from vlm_dist.cli.intake import STRICT_EXIT, check_captions, print_captions, print_failures, write_captions
+from vlm_dist.cli.intake import (
+    STRICT_EXIT,
+    check_captions,
+    print_captions,
+    print_failures,
+    write_captions,
+    write_tracked_captions,
+)
 from vlm_dist.cli.options import HERE, AllowPickle, Json, Overrides, Workspace
 from vlm_dist.cli.output import duration, print_json, print_warning, progress, prose_on_stderr
+from vlm_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from feature_store.captions import CaptionReport
@@ -22,9 +30,9 @@ LOG_EVERY_S = 10.0  # between points of a throughput curve: extraction runs for 
 
 def extract(
     paths: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(metavar="PATH...", help="Videos, folders of videos, or CSV/JSONL lists (video_id, path)."),
-    ],
+    ] = None,
     store: Annotated[Path | None, typer.Option(help="Feature store that is made or continued.")] = None,
     captions: Annotated[
         Path | None, typer.Option(help="Captions: {id: {start, end, text}} as JSON, JSONL, CSV, or pickle.")
@@ -43,6 +51,9 @@ def extract(
     npy: Annotated[
         bool, typer.Option("--npy", help="One video, no store: write NAME.npy here, in this process.")
     ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the store's failed videos again (with PATH or without).")
+    ] = False,
     allow_pickle: AllowPickle = False,
     strict: Annotated[bool, typer.Option("--strict", help=f"Exit {STRICT_EXIT} when a video failed.")] = False,
     workspace: Workspace = HERE,
@@ -57,6 +68,7 @@ def extract(
     \b
     Examples:
       vlm-dist extract videos/ --captions captions.json --weights s3d_howto100m.pth
+      vlm-dist extract --retry-failed --weights s3d_howto100m.pth
       vlm-dist extract list.csv --random-weights 0 --tokenizer wordpiece:2000
       vlm-dist extract my.mp4 --npy --weights s3d_howto100m.pth
     """
@@ -71,8 +83,10 @@ def extract(
             "captions.tokenizer": tokenizer,
         },
     )
+    if not paths and not retry_failed:
+        raise ConfigError("which videos? Give files, folders or lists; or --retry-failed for those that failed before")
     if npy:
-        result = extract_to_npy(context, paths, random_weights)
+        result = extract_to_npy(context, paths or [], random_weights)
         if as_json:
             print_json(result)
         else:
@@ -81,7 +95,7 @@ def extract(
             )
         return
     with prose_on_stderr(as_json):
-        result = extract_to_store(context, paths, random_weights, allow_pickle)
+        result = extract_to_store(context, paths or [], random_weights, allow_pickle, retry_failed)
     if as_json:
         print_json(result)
     if strict and result["failed"]:
@@ -94,7 +108,6 @@ def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None)
 
     from feature_store.encode import calibration_clips, features_from_file
     from feature_store.weights import load_s3d, random_s3d
-    from vlm_dist.errors import ConfigError
 
     if len(paths) != 1 or paths[0].is_dir():
         raise ConfigError("--npy takes one video; give --store to extract several into a store")
@@ -114,12 +127,17 @@ def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None)
 
 
 def extract_to_store(
-    context: Context, paths: list[Path], random_seed: int | None, allow_pickle: bool = False
+    context: Context,
+    paths: list[Path],
+    random_seed: int | None,
+    allow_pickle: bool = False,
+    retry_failed: bool = False,
 ) -> dict[str, Any]:
     """Videos and captions -> the workspace's store, as a tracked run; prints what happened and returns it."""
     from cluster.ray_local import ray_session
     from feature_store.encoder import require_same_encoder
     from feature_store.info import failures, store_info
+    from feature_store.layout import store_exists
     from feature_store.manifest import list_inputs
 
     settings = context.settings
@@ -127,10 +145,12 @@ def extract_to_store(
     weights = _weights(context, random_seed)
     captions = Path(settings.captions_file) if settings.captions_file else None
     check_captions(context, captions, allow_pickle)
-    if (context.store / "zarr.json").exists():
+    if store_exists(context.store):
         require_same_encoder(context.store, settings.extract, random_seed=random_seed, weights=weights)
-        if _all_done(context, videos):
+        if _all_done(context, videos, retry_failed):
             return _again(context, videos, captions, allow_pickle)
+    elif not videos:
+        raise ConfigError(f"there is no store at {context.store} whose failed videos could be tried again")
     with context.tracked("extract") as tracker:
         started = time.monotonic()
         with ray_session(settings.cluster) as machines, progress("extract", len(videos), "videos") as bar:
@@ -165,26 +185,27 @@ def extract_to_store(
                 random_seed=random_seed,
                 weights=weights,
                 rows_per_shard=settings.store_layout.rows_per_shard,
+                retry_failed=retry_failed,
                 on_progress=show,
             )
         report = write_captions(context, captions, allow_pickle)
         info = store_info(context.store)
         broken = failures(context.store)
-        tracker.tags({"vlm_dist.store_fingerprint": info["fingerprint"], "vlm_dist.store": str(context.store)})
+        tracker.tags({"vlm_dist.store_fingerprint": info["fingerprint"], "vlm_dist.store": context.store})
         tracker.text("\n".join(record.model_dump_json() for record in broken), "failures.jsonl")
         _print_summary(summary, report, broken, time.monotonic() - started)
         return {
-            "store": str(context.store), "ok": summary.tally.ok, "failed": _failed_of(broken, videos),
+            "store": context.store, "ok": summary.tally.ok, "failed": _failed_of(broken, videos),
             "nothing_to_do": summary.nothing_to_do, "fingerprint": info["fingerprint"], "run": tracker.run_id,
         }  # fmt: skip
 
 
-def _all_done(context: Context, videos: list["PlannedVideo"]) -> bool:
+def _all_done(context: Context, videos: list["PlannedVideo"], retry_failed: bool) -> bool:
     """Whether every video is through, so that neither Ray nor a run is needed; what was committed is published."""
     from feature_store.plan import anything_to_do
     from feature_store.snapshot import finalise
 
-    if anything_to_do(context.store, videos):
+    if anything_to_do(context.store, videos, retry_failed):
         return False
     finalise(context.store)
     return True
@@ -194,26 +215,23 @@ def _again(context: Context, videos: list["PlannedVideo"], captions: Path | None
     """The same command once more: only captions may have changed."""
     from feature_store.info import failures, store_info
 
-    print(f"Nothing to do: all {len(videos)} videos are in the store or have failed before.")
-    report = write_captions(context, captions, allow_pickle)
+    listed = f"all {len(videos)} videos are in the store or have failed before"
+    print(f"Nothing to do: {listed if videos else 'no video is to be tried again'}.")
+    report, run = write_tracked_captions(context, captions, allow_pickle) if captions else (None, None)
     broken = failures(context.store)
     print_captions(report)
     print_failures(broken)
     info = store_info(context.store)
-    run = None
-    if report and report.changed:  # another fingerprint: what is trained on it finds its origin among the runs
-        with context.tracked("extract") as tracker:
-            tracker.tags({"vlm_dist.store_fingerprint": info["fingerprint"], "vlm_dist.store": str(context.store)})
-            tracker.metrics({"extract/captions": report.clips}, 0)
-            run = tracker.run_id
-    return {"store": str(context.store), "ok": info["videos"]["ok"], "failed": _failed_of(broken, videos),
+    return {"store": context.store, "ok": info["videos"]["ok"], "failed": _failed_of(broken, videos),
             "nothing_to_do": True, "fingerprint": info["fingerprint"], "run": run}  # fmt: skip
 
 
 def _failed_of(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> int:
-    """Failures among the listed videos, repeated ones included: the same in equal runs, whatever the store holds."""
+    """Failures among the listed videos (all, where none is listed), repeated ones included: equal in equal runs."""
     from feature_store.records import clean_text
 
+    if not videos:
+        return len(broken)
     inputs = {(clean_text(video.video_id), clean_text(video.path)) for video in videos}
     ids = {video_id for video_id, _ in inputs}
     return sum((r.video_id, r.path) in inputs if r.reason == "duplicate" else r.video_id in ids for r in broken)
@@ -222,7 +240,6 @@ def _failed_of(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> int
 def _weights(context: Context, random_seed: int | None) -> Path | None:
     """The weights file, or None for random weights. A seed on the command line goes before a file in the settings."""
     from feature_store.weights import NO_WEIGHTS
-    from vlm_dist.errors import ConfigError
 
     file, origin = context.settings.extract.weights, context.resolved.origins["extract.weights"]
     if random_seed is not None:

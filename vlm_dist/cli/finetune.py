@@ -105,15 +105,15 @@ def run_finetune(
     with folder.locked():
         folder.write(identity=identity, status="unfinished", source=origin.weights)
         model = origin.model(context, store, folder.path / "init")
-        job = FinetuneJob(task=task, options=options, data=str(data), store=str(store), snapshot=index.name,
-                          check=settings.store_layout.check, model=str(model),
+        job = FinetuneJob(task=task, options=options, data=str(data), store=store, snapshot=index.name,
+                          reading=settings.store_layout, model=str(model),
                           out=str(folder.path), train=settings.train, finetune=settings.finetune)  # fmt: skip
         with ray_session(settings.cluster) as machines:
             ranks = resolve_workers(machines, nodes, gpus, workers)
             tags |= worker_tags(nodes, ranks) | {"vlm_dist.run_folder": str(folder.path)}
             with context.tracked("finetune", task=task, tags=tags, resume=folder.record.get("run")) as tracker:
                 folder.write(run=tracker.run_id)
-                tracker.dataset(str(store), fingerprint)
+                tracker.dataset(store, fingerprint)
                 with TrainingView(f"finetune {task}", tracker) as view:
                     outcome = run_training(job, ranks, view)
                 result, _, loaded = evaluate_model(

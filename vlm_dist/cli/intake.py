@@ -36,6 +36,29 @@ def write_captions(context: Context, captions: Path | None, allow_pickle: bool) 
     return store_captions.write_captions(context.store, captions, context.settings.captions, allow_pickle)
 
 
+def write_tracked_captions(
+    context: Context, captions: Path | None, allow_pickle: bool
+) -> tuple["CaptionReport", str | None]:
+    """Captions of the file (or the store's own) -> the store, as a run of its own where that changes anything.
+
+    The store's fingerprint changes with its captions: what is trained on it finds its origin among the runs.
+
+    Returns:
+        What became of them, and the id of the run.
+    """
+    from feature_store import captions as store_captions
+    from feature_store.index import StoreIndex
+
+    report = store_captions.write_captions(context.store, captions, context.settings.captions, allow_pickle)
+    if not report.changed:
+        return report, None
+    with context.tracked("extract") as tracker:
+        fingerprint = StoreIndex(context.store).fingerprint
+        tracker.tags({"vlm_dist.store_fingerprint": fingerprint, "vlm_dist.store": context.store})
+        tracker.metrics({"extract/captions": report.clips}, 0)
+        return report, tracker.run_id
+
+
 def print_captions(report: "CaptionReport | None") -> None:
     """What became of the captions; a warning where there are none."""
     if report is None:

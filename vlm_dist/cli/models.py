@@ -36,7 +36,7 @@ class Origin:
             run = None
         return tags | ({"vlm_dist.parent_run": run} if run else {})
 
-    def model(self, context: Context, store: Path, folder: Path) -> Path:
+    def model(self, context: Context, store: str, folder: Path) -> Path:
         """The exported model itself; or one that is made for this store in `folder`, unless it was made there before.
 
         Raises:
@@ -90,7 +90,7 @@ def find_origin(context: Context, source: str | None, kind: str = "", task: str 
     return _exported(run) if run else Origin(source, False, source)
 
 
-def check_origin(context: Context, origin: Origin, store: Path) -> None:
+def check_origin(context: Context, origin: Origin, store: str) -> None:
     """Refuse features that an exported model was not trained on. Errors: StoreError that names what differs."""
     from feature_store.layout import open_store
     from vlm_dist.model.origin import check_features
@@ -131,7 +131,7 @@ def seen_test_videos(origin: Origin, data: Path) -> str:
     return f"at least {seen}" if seen else UNKNOWN
 
 
-def make_model(context: Context, source: str, store: Path, folder: Path) -> None:
+def make_model(context: Context, source: str, store: str, folder: Path) -> None:
     """Write the model that `source` stands for, with the store's words and width.
 
     Raises:

@@ -88,9 +88,9 @@ def run_pretrain(
         _write_split(split, folder.path / "split.npz")
         if not is_exported(folder.path / "init"):  # made once: what does not fit is said before a cluster is asked for
             make_model(context, origin.weights, store, folder.path / "init")
-        folder.write(identity=identity, status="unfinished", store=str(store), snapshot=index.name)
+        folder.write(identity=identity, status="unfinished", store=store, snapshot=index.name)
         job = PretrainJob(
-            store=str(store), snapshot=index.name, check=settings.store_layout.check,
+            store=store, snapshot=index.name, reading=settings.store_layout,
             split=str(folder.path / "split.npz"), init=str(folder.path / "init"), out=str(folder.path),
             model=settings.model, clips=settings.clips, masks=settings.masks, train=settings.train,
         )  # fmt: skip
@@ -102,7 +102,7 @@ def run_pretrain(
                 folder.write(run=tracker.run_id)
                 if extracted := extract_run(tracker.uri, index.fingerprint):
                     tracker.tags({"vlm_dist.extract_run": extracted})
-                tracker.dataset(str(store), index.fingerprint)
+                tracker.dataset(store, index.fingerprint)
                 with TrainingView("pretrain", tracker) as view:
                     outcome = run_training(job, ranks, view)
                 tracker.tags({"vlm_dist.checkpoint": outcome.model})
@@ -130,7 +130,9 @@ def _split(context: Context, index: Any) -> "Split":
     settings = context.settings
     lists = {path: Path(path) for path in settings.split.exclude}
     lists |= {f"{name} test": Path(task.data) for name, task in settings.data.items() if task.data}
-    split = split_videos(index, settings.split, {name: read_id_list(path) for name, path in lists.items()})
+    known = {name: read_id_list(path) for name, path in lists.items()}
+    only = [key.decode() for key in index.split_ids(settings.split.only)] if settings.split.only else None
+    split = split_videos(index, settings.split, known, only)
     for name, count in split.excluded.items():
         print(f"{count} videos of the evaluation split {name} are left out of pre-training.")
     if not lists:

@@ -1,11 +1,13 @@
-"""`vlm-dist store`: what is in a feature store, whether it is whole, what failed; features in and out as files."""
+"""`vlm-dist store`: what is in a feature store, whether it is whole, what failed; in, out, deleted, named."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vlm_dist.cli.context import store_address
 from vlm_dist.cli.options import HERE, Json, Overrides, Workspace
+from vlm_dist.cli.store_marks import delete, migrate, split
 from vlm_dist.cli.store_transfer import export, import_features
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
@@ -15,30 +17,49 @@ Store = Annotated[Path | None, typer.Argument(metavar="STORE", help="Feature sto
 
 @app.callback()
 def _store() -> None:
-    """Look into a feature store, and take features in and out."""
+    """Look into a feature store, take features in and out, delete and name videos."""
 
 
 app.command("import")(import_features)
 app.command("export")(export)
+app.command("delete")(delete)
+app.command("split")(split)
+app.command("migrate")(migrate)
 
 
 @app.command()
-def info(store: Store = None, workspace: Workspace = HERE, overrides: Overrides = None, json: Json = False) -> None:
+def info(
+    store: Store = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw durations and captions per video into a picture.")
+    ] = None,
+    workspace: Workspace = HERE,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
     """Say what a store holds: videos, hours, captions, failures by reason, and what made its features.
 
     \b
     Examples:
       vlm-dist store info
       vlm-dist store info my-store --json
+      vlm-dist store info --plot store.png
     """
     from feature_store.info import store_info
     from vlm_dist.cli.output import print_json, print_table
 
-    facts = store_info(_root(store, workspace, overrides))
+    root = store_address(store, workspace, overrides)
+    facts = store_info(root)
+    if plot:
+        from feature_store.plots import plot_store
+
+        plot_store(root, plot)
     if json:
         print_json(facts)
         return
-    print_table(("", ""), _lines(facts), title=f"Feature store {_root(store, workspace, overrides)}")
+    print_table(("", ""), _lines(facts), title=f"Feature store {root}")
+    if plot:
+        print(f"Picture: {plot}")
 
 
 @app.command()
@@ -65,7 +86,7 @@ def verify(
     from feature_store.verify import verify_store
     from vlm_dist.cli.output import print_error, print_json, print_table
 
-    root = _root(store, workspace, overrides)
+    root = store_address(store, workspace, overrides)
     report = verify_store(root, deep=deep, repair=repair)
     problems = report.problems
     if json:
@@ -95,7 +116,7 @@ def failures(store: Store = None, workspace: Workspace = HERE, overrides: Overri
     from feature_store.info import failures as failed
     from vlm_dist.cli.output import print_json, print_table
 
-    records = failed(_root(store, workspace, overrides))
+    records = failed(store_address(store, workspace, overrides))
     if json:
         print_json([record.model_dump() for record in records])
     elif not records:
@@ -104,12 +125,6 @@ def failures(store: Store = None, workspace: Workspace = HERE, overrides: Overri
         print_table(
             ("video", "reason", "message", "file"), [(r.video_id, r.reason, r.message, r.path) for r in records]
         )
-
-
-def _root(store: Path | None, workspace: Path, overrides: list[str] | None) -> Path:
-    from vlm_dist.config import load_settings
-
-    return Path(load_settings(workspace, overrides, {"store": store}).settings.store)
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:

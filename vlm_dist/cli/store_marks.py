@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vlm_dist.cli.context import store_address
 from vlm_dist.cli.options import HERE, Json, Overrides, Workspace
 
 Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Video ids.")]
@@ -37,7 +38,7 @@ def delete(
     from feature_store.marks import delete_videos
     from vlm_dist.cli.output import print_json
 
-    report = delete_videos(_root(store, workspace, overrides), _ids(ids, videos), undo)
+    report = delete_videos(store_address(store, workspace, overrides), _ids(ids, videos), undo)
     if as_json:
         print_json(report.model_dump())
         return
@@ -70,7 +71,7 @@ def split(
 
     if remove and (ids or videos):
         raise ConfigError("--remove takes no videos: it removes the whole split")
-    report = name_split(_root(store, workspace, overrides), name, None if remove else _ids(ids, videos))
+    report = name_split(store_address(store, workspace, overrides), name, None if remove else _ids(ids, videos))
     if as_json:
         print_json(report.model_dump())
     elif remove:
@@ -94,7 +95,7 @@ def migrate(
     from feature_store.layout import SCHEMA_VERSION
     from feature_store.migrate import migrate_store
 
-    root = _root(store, workspace, overrides)
+    root = store_address(store, workspace, overrides)
     done = migrate_store(root)
     told = (
         f"went from schema version {done[0]} to {SCHEMA_VERSION}"
@@ -102,12 +103,6 @@ def migrate(
         else f"has schema version {SCHEMA_VERSION} already"
     )
     print(f"{root} {told}.")
-
-
-def _root(store: Path | None, workspace: Path, overrides: list[str] | None) -> str:
-    from vlm_dist.config import load_settings
-
-    return load_settings(workspace, overrides, {"store": store}).settings.store
 
 
 def _ids(ids: list[str] | None, file: Path | None) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlm_dist.cli.context import Context
+from vlm_dist.cli.context import Context, store_address
 from vlm_dist.cli.intake import STRICT_EXIT, check_captions, print_captions, print_failures, write_captions
 from vlm_dist.cli.options import HERE, AllowPickle, Json, Overrides, Workspace
 from vlm_dist.cli.output import duration, print_json, print_warning, progress, prose_on_stderr
@@ -108,7 +108,7 @@ def import_to_store(
             tracker.metrics({"import/videos": state.ok, "import/failed": state.failed}, step=state.ok + state.failed)
             tracker.metrics({"import/mb_per_s": state.mb_per_s}, step=state.ok + state.failed)
             tracker.tags({"vlm_dist.store_fingerprint": store_info(context.store)["fingerprint"]})
-            tracker.tags({"vlm_dist.store": str(context.store)})
+            tracker.tags({"vlm_dist.store": context.store})
             tracker.text("\n".join(r.model_dump_json() for r in failures(context.store)), "failures.jsonl")
     print_captions(report)
     broken = failures(context.store)
@@ -117,7 +117,7 @@ def import_to_store(
     if waiting := info["videos"]["open"]:
         print_warning(f"{waiting} videos of another import are not in the store yet: type that import again")
     return {
-        "store": str(context.store), "ok": state.ok if state else info["videos"]["ok"],
+        "store": context.store, "ok": state.ok if state else info["videos"]["ok"],
         "failed": state.failed if state else len(broken), "nothing_to_do": state is None or state.shards == 0,
         "rows": state.rows if state else 0, "mb_per_s": state.mb_per_s if state else 0.0,
         "fingerprint": info["fingerprint"], "run": run_id,
@@ -164,17 +164,18 @@ def export(
 
     started = time.monotonic()
     both = npy == parquet
-    videos = StoreIndex(store).num_videos
-    result: dict[str, Any] = {"store": str(store), "folder": str(folder), "videos": videos}
+    root = store_address(store, Path(), None)
+    videos = StoreIndex(root).num_videos
+    result: dict[str, Any] = {"store": root, "folder": str(folder), "videos": videos}
     with prose_on_stderr(as_json):
         if npy or both:
             with progress("export features", videos, "videos") as bar:
-                done = export_npy(store, folder, bar.update)
+                done = export_npy(root, folder, bar.update)
             result |= {"npy": done.written, "npy_kept": done.kept, "npy_bytes": done.bytes}
             print(f"{done.written} feature files written ({done.bytes / 1e6:,.1f} MB), {done.kept} were there.")
         if parquet or both:
             with progress("export tables", 2 * videos, "entries") as bar:
-                done = export_parquet(store, folder, bar.update)
+                done = export_parquet(root, folder, bar.update)
             result |= {"tables": done.written, "tables_kept": done.kept, "tables_bytes": done.bytes}
             print(f"{done.written} tables written ({done.bytes / 1e6:,.1f} MB), {done.kept} were there.")
         print(f"{folder} holds the export of {videos} videos ({duration(time.monotonic() - started)}).")

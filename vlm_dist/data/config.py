@@ -51,6 +51,7 @@ class SplitConfig(_Frozen):
     validation_share: float = Field(
         default=0.05, ge=0, le=0.5, description="At most this share of a small corpus is held out."
     )
+    only: str = Field(default="", description="Named split of the store (`store split`) that trains; empty takes all.")
     exclude: tuple[str, ...] = Field(
         default=(), description="Files with video ids that never train (lists, JSONL, COIN.json)."
     )

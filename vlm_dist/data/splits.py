@@ -57,7 +57,9 @@ class Split:
     without_captions: int
 
 
-def split_videos(index: VideoIndex, cfg: SplitConfig, known: Mapping[str, Set[str]]) -> Split:
+def split_videos(
+    index: VideoIndex, cfg: SplitConfig, known: Mapping[str, Set[str]], only: Collection[str] | None = None
+) -> Split:
     """Split the videos that have features and captions into training and validation, without the known ids.
 
     A video is held out when the hash of its id lies below a threshold that falls as the corpus grows past
@@ -68,6 +70,7 @@ def split_videos(index: VideoIndex, cfg: SplitConfig, known: Mapping[str, Set[st
         index: of the store.
         cfg: size of the validation split. Its `exclude` files are read by the caller, with `read_id_list`.
         known: ids that never train, by the name of their list (evaluation splits of end tasks).
+        only: ids that take part (the named split `cfg.only`, read by the caller); None takes all.
 
     Raises:
         ConfigError: nothing is left to train on; the message counts the reasons.
@@ -75,6 +78,9 @@ def split_videos(index: VideoIndex, cfg: SplitConfig, known: Mapping[str, Set[st
     has_rows = (np.asarray(index.status) == 0) & (np.asarray(index.n_rows) > 0)
     has_captions = np.diff(np.asarray(index.clip_ptr).astype(np.int64)) > 0
     eligible = has_rows & has_captions
+    if only is not None:
+        chosen = index.find_many(list(only))
+        eligible &= np.isin(np.arange(index.num_videos), chosen)
     excluded: dict[str, int] = {}
     for name, ids in known.items():
         rows = index.find_many(list(ids)) if ids else np.empty(0, np.int64)

@@ -63,7 +63,7 @@ def read_trained_on(folder: Path) -> TrainedOn:
     return TrainedOn.of(complete=False)
 
 
-def check_features(model: Path, store: "Provenance", where: Path, allow_other: bool) -> None:
+def check_features(model: Path, store: "Provenance", where: Path | str, allow_other: bool) -> None:
     """Refuse features that the model was not trained on: they may have the right width and say something else.
 
     Args:

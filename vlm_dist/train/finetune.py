@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feature_store.reader import Check, FeatureReader
+from feature_store.config import StoreConfig
+from feature_store.reader import FeatureReader
 from vlm_dist.errors import ConfigError
 from vlm_dist.model.checkpoint import load, save_vlm
 from vlm_dist.model.origin import TrainedOn, read_trained_on
@@ -33,7 +34,7 @@ class FinetuneJob:
     data: str
     store: str
     snapshot: str
-    check: Check
+    reading: StoreConfig
     model: str
     out: str
     train: TrainConfig
@@ -81,7 +82,7 @@ class FinetuneObjective(Objective):
         self.device = device
         self.loaded = load(Path(job.model))
         self.task = make_task(job.task, job.options)
-        self.reader = FeatureReader(Path(job.store), job.check, job.snapshot)
+        self.reader = FeatureReader.of(job.store, job.reading, job.snapshot)
         vlm = self.loaded.model
         self.task.load(Path(job.data), self.reader, self.loaded.tokenizer, vlm.config, job.finetune)
         self.notes = self.task.misfits.lines

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from feature_store.reader import Check, FeatureReader
+from feature_store.config import StoreConfig
+from feature_store.reader import FeatureReader
 from feature_store.tokenizer import load_tokenizer
 from vlm_dist.data.batch import ClipBatch, SpecialIds
 from vlm_dist.data.clips import load_clips
@@ -39,7 +40,7 @@ class PretrainJob:
 
     store: str
     snapshot: str
-    check: Check
+    reading: StoreConfig
     split: str
     init: str
     out: str
@@ -101,7 +102,7 @@ class PretrainObjective(Objective):
 
     def __init__(self, job: PretrainJob) -> None:
         self.job = job
-        self.reader = FeatureReader(Path(job.store), job.check, job.snapshot)
+        self.reader = FeatureReader.of(job.store, job.reading, job.snapshot)
         folder = self.reader.index.tokenizer_dir
         if folder is None:
             raise StoreError(f"{job.store} has no captions: pre-training reads both; add them with --captions FILE")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from feature_store.captions import write_captions
-from feature_store.config import CaptionConfig
+from feature_store.config import CaptionConfig, StoreConfig
 from tests.vlm_dist.tasks.world import make_store, random_rows
 from tests.vlm_dist.train.ranks import run_ranks
 from vlm_dist.data.config import ClipConfig, MaskConfig
@@ -60,8 +60,8 @@ def _job(corpus: Path, out: Path, **train: object) -> PretrainJob:
         }
     )
     return PretrainJob(
-        store=str(corpus / "store"), snapshot="", check="always", split=str(corpus / "split.npz"), init="scratch",
-        out=str(out),
+        store=str(corpus / "store"), snapshot="", reading=StoreConfig(check="always"), init="scratch",
+        split=str(corpus / "split.npz"), out=str(out),
         model=ModelConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, dropout=0.0,
                           max_video_len=12, max_len=40),
         clips=ClipConfig(clips_per_video=4), masks=MaskConfig(), train=settings,
