@@ -100,9 +100,7 @@ class PictureGraph:
         if pts is None:
             return following
         placed = pts - self.offset
-        if self.last is None:
-            return placed
-        back = (self.last - placed) * self.time_base > _BACK_S
+        back = self.last is not None and (self.last - placed) * self.time_base > _BACK_S
         ahead = (placed - following) * self.time_base > _AHEAD_S
         if back or (ahead and placed * self.time_base > self.gaps_until_s):
             self.offset = pts - following

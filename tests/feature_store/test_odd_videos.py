@@ -146,6 +146,13 @@ def test_damaged_time_stamps_do_not_make_a_video_longer(tmp_path: Path) -> None:
     assert rows(path) in (3, 4)
 
 
+def test_a_first_picture_long_after_the_sound_is_of_another_clock(tmp_path: Path) -> None:
+    """In a format whose clock may start anew; 5 s are a late picture, 50 s are none."""
+    for start_s, seconds in ((5, 8), (50, 3)):
+        path = write_frames(tmp_path / f"{start_s}.ts", steady(3, start_s=start_s), sound_s=2)
+        assert rows(path) in (seconds, seconds + 1)
+
+
 def damaged(data: bytes, other: bytes, rng: Random) -> bytes:
     """A file with flipped bits, a damaged head, without its end, with zeros, doubled parts, or another file's end."""
     out = bytearray(data)
