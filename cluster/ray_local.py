@@ -19,6 +19,8 @@ from vlm_dist.errors import ConfigError, JobError
 _OBJECT_STORE_BYTES = 1 << 30
 """Enough: features are read from the store by each worker, and only small results pass through Ray."""
 
+_PASSED = ("AWS_", "FEATURE_STORE_")
+
 
 @contextlib.contextmanager
 def ray_session(cluster: ClusterConfig) -> Generator[list[NodeResources]]:
@@ -92,7 +94,9 @@ def _connect(cluster: ClusterConfig) -> None:
     if cluster.ray_address:
         try:
             _knock(cluster.ray_address)
-            ray.init(cluster.ray_address, **quiet)
+            # A local Ray inherits the environment; workers of a cluster need what leads to a store in a bucket.
+            passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED)}
+            ray.init(cluster.ray_address, runtime_env={"env_vars": passed} if passed else None, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             why = str(error).strip().partition("\n")[0]
             raise ConfigError(

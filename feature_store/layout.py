@@ -125,6 +125,8 @@ def open_store(root: Root) -> StoreMeta:
         there = here.exists() if here else bool(storage.names(""))
         hint = "this is not a feature store (it has no zarr.json)" if there else "there is nothing"
         raise StoreError(f"{root}: {hint}; give a store's folder, or make one with `vlm-dist extract`") from None
+    except StoreError:
+        raise
     except (ValueError, KeyError, TypeError):
         raise StoreError(f"{root} is not a feature store: its zarr.json is not one that vlm-dist wrote") from None
     if version != SCHEMA_VERSION:

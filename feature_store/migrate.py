@@ -47,6 +47,8 @@ def _attributes(storage: Storage, root: Root) -> dict[str, Any]:
         group = json.loads(storage.read("zarr.json"))
         store: dict[str, Any] = group["attributes"]["vlm_dist"]
         whole = group_json(store) == json.dumps(group, indent=2).encode()
+    except StoreError:
+        raise
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         store, whole = {}, True  # `open_store` says what it is
     if not whole:

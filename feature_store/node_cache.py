@@ -15,13 +15,13 @@ from pathlib import Path
 
 from feature_store.files import disk_guard
 
-VARIABLE = "VLM_DIST_CACHE_DIR"
+VARIABLE = "FEATURE_STORE_CACHE"
 _KEPT_TREES = 4  # newest snapshots of a store; running jobs may hold older ones open
 _LOCKS = 64
 
 
 def cache_folder() -> Path:
-    """The node's cache: $VLM_DIST_CACHE_DIR, or vlm-dist in the user's cache folder."""
+    """The node's cache: $FEATURE_STORE_CACHE, or vlm-dist in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get(VARIABLE) or Path(base) / "vlm-dist")
 

@@ -12,7 +12,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-pytest_plugins = ["tests.feature_store.video_files"]
+pytest_plugins = ["tests.feature_store.video_files", "tests.feature_store.buckets"]
 ROOT = Path(__file__).resolve().parent.parent
 
 

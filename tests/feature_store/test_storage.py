@@ -192,7 +192,7 @@ def test_a_forked_process_is_told_instead_of_hanging(bucket: str) -> None:
 
 
 def test_the_node_keeps_shards_within_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLM_DIST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FEATURE_STORE_CACHE", str(tmp_path))
     cache = ShardCache(2500)
     filled: list[str] = []
 
@@ -222,7 +222,7 @@ def test_the_node_keeps_shards_within_its_budget(tmp_path: Path, monkeypatch: py
 
 
 def test_a_fill_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLM_DIST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FEATURE_STORE_CACHE", str(tmp_path))
     cache = ShardCache(2500)
 
     def fill(path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Buckets on a real S3 server, for every test that needs one (a pytest plugin)."""
+
+import itertools
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Address of a real S3 server (see s3_server.py) for all tests that need one."""
+    command = [sys.executable, "-m", "tests.feature_store.s3_server"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+    server.kill()
+    server.wait()
+
+
+_buckets = itertools.count()
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh, empty bucket, as s3://NAME; the environment says how to reach it, also to child processes."""
+    variables = {
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "FEATURE_STORE_CACHE": str(tmp_path / "node-cache"),
+        "NO_PROXY": "127.0.0.1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{next(_buckets)}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3_endpoint}/{name}", method="PUT")).close()
+    return f"s3://{name}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An address where a store may be made: a folder, and a prefix of a bucket."""
+    if request.param == "folder":
+        return str(tmp_path / "place")
+    return f"{request.getfixturevalue('bucket')}/lab/store"

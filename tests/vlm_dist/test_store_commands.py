@@ -1,0 +1,139 @@
+"""Commands on a store as they are typed: captions, delete, split, migrate, a picture, failures again, a store on S3."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.mlflow_server import tracking_server
+from feature_store.index import StoreIndex
+from feature_store.layout import group_json
+from feature_store.reader import FeatureReader
+from tests.feature_store.store_tools import features, make_store
+from vlm_dist.cli.app import main
+
+SMALL = """
+[extract.decode]
+fps = 8
+size = 48
+[captions]
+tokenizer = "wordpiece:60"
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A workspace with a store of six videos, while its tracking server runs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vlm-dist.toml").write_text(SMALL)
+    make_store(tmp_path / "store", {f"v{n}": features(f"v{n}", 9 + n) for n in range(6)} | {"broken": None})
+    told = {f"v{n}": {"start": [0.0], "end": [4.0], "text": [f"cut {n} onions"]} for n in range(6)}
+    (tmp_path / "captions.json").write_text(json.dumps(told))
+    with tracking_server(ClusterConfig(), tmp_path) as uri:
+        monkeypatch.setenv("VLM_DIST_CLUSTER__TRACKING_URI", uri)
+        yield tmp_path
+
+
+@pytest.fixture
+def typed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Type a command that ends with a code; gives what it printed (for another code than 0: its error line)."""
+
+    def run(*words: str, code: int = 0) -> str:
+        capsys.readouterr()
+        got = main(list(words))
+        shown = capsys.readouterr()
+        assert got == code, shown.err
+        return shown.err if code else shown.out
+
+    return run
+
+
+def test_captions_splits_deletions_and_a_picture(here: Path, typed: Callable[..., str]) -> None:
+    assert "has no captions yet" in typed("captions", code=1)
+    assert "6 captions" in typed("captions", "captions.json")
+    assert "Captions are as they were" in typed("captions", "captions.json")
+    result: dict[str, Any] = json.loads(typed("captions", "--tokenizer", "wordpiece:50", "--json"))
+    assert result["changed"]
+    assert result["run"]
+    runs = json.loads(typed("jobs", "list", "--json"))
+    assert [row["kind"] for row in runs] == ["extract", "extract"], "one for each time that the captions changed"
+
+    (here / "train.txt").write_text("v1\nv2\nlater\n")
+    assert typed("store", "split", "train", "--videos", "train.txt") == (
+        "Split train: 3 videos, 1 of them not in the store yet.\n"
+    )
+    assert typed("store", "delete", "v5", "nobody") == "1 videos deleted, 1 are deleted now; 1 are not in the store.\n"
+    info = json.loads(typed("store", "info", "--json", "--plot", "store.png"))
+    assert (info["splits"], info["videos"]["deleted"], info["videos"]["ok"]) == ({"train": 3}, 1, 5)
+    assert (here / "store.png").stat().st_size > 5000
+    assert "brought back" in typed("store", "delete", "v5", "--undo")
+    assert StoreIndex(here / "store").num_videos == 6
+    assert typed("store", "split", "train", "--remove") == "Split train is removed.\n"
+    assert "which videos?" in typed("store", "delete", code=2)
+    assert "which videos?" in typed("store", "split", "x", code=2)
+    assert "takes no videos" in typed("store", "split", "x", "v1", "--remove", code=2)
+    assert typed("store", "verify", "--deep").endswith("The store is whole.\n")
+
+
+def test_a_named_split_is_what_trains(here: Path, typed: Callable[..., str]) -> None:
+    typed("captions", "captions.json")
+    only = ("pretrain", "--gpus", "0", "--set", "init=scratch", "--set", "split.only=few")
+    assert "no split 'few' (there is: none)" in typed(*only, code=1)
+    typed("store", "split", "few", "broken")
+    assert "no video is left to train on" in typed(*only, code=2)
+
+
+def test_an_older_store_is_brought_up(here: Path, typed: Callable[..., str]) -> None:
+    path = here / "store" / "zarr.json"
+    store = json.loads(path.read_text())["attributes"]["vlm_dist"]
+    path.write_bytes(group_json({**store, "schema_version": 1}))
+    assert "vlm-dist store migrate" in typed("store", "info", code=1)
+    assert "went from schema version 1 to 2" in typed("store", "migrate")
+    assert "already" in typed("store", "migrate")
+    typed("store", "verify")
+
+
+def extract(*words: str) -> dict[str, Any]:
+    """An extraction with a Ray of its own, in a process of its own: its workers take the environment from there."""
+    command = [sys.executable, "-P", "-m", "vlm_dist", "extract", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_extraction_into_a_bucket_and_failures_again(
+    here: Path, bucket: str, typed: Callable[..., str], make_video: Callable[..., Path]
+) -> None:
+    """The way of a lab whose store is on S3: extract, mend the broken file, try again, read it from there."""
+    store = f"{bucket}/lab/howto"
+    for name in ("v0", "v1"):
+        make_video(here / "videos" / f"{name}.mp4", 3.0)
+    (here / "videos" / "v2.mp4").write_text("an error page")
+    words = ("--store", store, "--random-weights", "0", "--set", "extract.workers=1")
+    line = ("videos", *words, "--captions", "captions.json")
+    first = extract(*line)
+    assert (first["store"], first["ok"], first["failed"]) == (store, 2, 1)
+    assert extract(*line)["nothing_to_do"]
+    assert "v2" in typed("store", "failures", store)
+    make_video(here / "videos" / "v2.mp4", 2.0)
+    assert extract(*line)["nothing_to_do"], "a failure is tried again only when that is asked for"
+    again = extract("--retry-failed", *words)
+    assert (again["ok"], again["failed"]) == (1, 0)
+    assert "no video is to be tried again" in typed("extract", "--retry-failed", *words)
+    typed("store", "verify", store, "--deep")
+    info = json.loads(typed("store", "info", store, "--json"))
+    assert (info["videos"]["ok"], info["clips"], info["failures"]) == (3, 3, {})
+    reader = FeatureReader(store, "always", cache_bytes=1 << 30)
+    rows = {reader.index.video_id(v): reader.read(v) for v in range(3)}
+    assert {name: len(row) for name, row in rows.items()} == {"v0": 3, "v1": 3, "v2": 2}
+    typed("store", "export", store, "files")
+    assert np.array_equal(np.load(here / "files" / "v2.npy"), rows["v2"])
+    assert "no store at" in typed("extract", "--retry-failed", "--store", "nowhere", "--random-weights", "0", code=2)
+    assert "which videos?" in typed("extract", "--random-weights", "0", code=2)
