@@ -47,6 +47,7 @@ class Inspection:
         self.bad_segments: list[int] = []
         self.bad_shards: list[int] = []
         self.bad_snapshots: list[str] = []
+        self.lost: set[str] = set()  # ids of the bad shards
         self.orphans: list[str] = []  # keys
         self.published: dict[str, int] = {}  # bytes of every published shard, by key
         self.ids: dict[int, list[str]] = {}  # of each good commit
@@ -62,6 +63,8 @@ class Inspection:
             self._commit(shard, planned)
             if len(self.problems) > before:
                 self.bad_shards.append(shard)
+                # A record that cannot be read tells nothing; then all that was planned is lost with it.
+                self.lost.update(self.ids.get(shard, sorted(planned.get(shard, ()))))
         self._orphans()
         self._snapshots()
 

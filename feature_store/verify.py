@@ -21,6 +21,7 @@ class VerifyReport(BaseModel):
     shards: int = Field(description="Committed shards.")
     bytes_checked: int = Field(description="Bytes of features whose checksums were compared (deep).")
     repaired: list[str] = Field(description="What a repair did.")
+    to_extract: list[str] = Field(description="Ids of videos in bad shards: what has to be extracted again.")
 
 
 def verify_store(root: Root, deep: bool = False, repair: bool = False) -> VerifyReport:
@@ -36,6 +37,7 @@ def verify_store(root: Root, deep: bool = False, repair: bool = False) -> Verify
     """
     inspection = Inspection(open_store(root), deep)
     inspection.run()
+    lost = sorted(inspection.lost)
     repaired = repair_store(inspection) if repair else []
     if repair:
         inspection = Inspection(inspection.meta, deep)
@@ -46,6 +48,7 @@ def verify_store(root: Root, deep: bool = False, repair: bool = False) -> Verify
         shards=len(committed_shards(inspection.meta)),
         bytes_checked=inspection.bytes_checked,
         repaired=repaired,
+        to_extract=lost,
     )
 
 

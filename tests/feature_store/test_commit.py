@@ -214,12 +214,12 @@ def test_full_disk(small_disk: Path) -> None:
 
 
 def test_a_failed_write_is_never_followed_by_another(small_disk: Path) -> None:
-    create_store(small_disk, provenance(), 65536)
+    create_store(small_disk, provenance(feature_dim=256), 65536)
     attempt = ShardAttempt(small_disk, 0)
     with pytest.raises(StoreError, match="is full"):
-        attempt.add(VideoRecord(video_id="large"), features("large", 60000))
+        attempt.add(VideoRecord(video_id="large"), features("large", 20000, 256))
     with pytest.raises(StoreError, match="abandon this attempt"):
-        attempt.add(VideoRecord(video_id="small"), features("small", 10))
+        attempt.add(VideoRecord(video_id="small"), features("small", 10, 256))
     with pytest.raises(StoreError, match="abandon this attempt"):
         attempt.commit()
     attempt.abandon()

@@ -71,6 +71,8 @@ def test_flipped_bit_in_features_names_video_shard_and_chunk(narrated: Path, cor
     report = verify_store(narrated, deep=True, repair=True)
     assert not report.problems
     assert report.repaired[0].startswith("voided shard 1")
+    gone = [index.video_id(v) for v in np.flatnonzero(index.shard == 1).tolist()]
+    assert set(report.to_extract) - {"broken"} == set(gone)
     assert report.videos < 30
     restore(narrated, corpus)
     assert StoreIndex(narrated).fingerprint == fingerprint, "captions came back with their videos"

@@ -26,16 +26,22 @@ SURFACE = {
     "doctor": [*COMMON, "--json"],
     "config show": [*COMMON, "--json"],
     "extract": [
-        *COMMON, "--allow-pickle", "--captions", "--json", "--npy", "--random-weights", "--store", "--strict",
-        "--tokenizer", "--weights", "--workers", "paths",
+        *COMMON, "--allow-pickle", "--captions", "--json", "--npy", "--random-weights", "--retry-failed", "--store",
+        "--strict", "--tokenizer", "--weights", "--workers", "paths",
     ],
-    "store info": [*COMMON, "--json", "store"],
+    "captions": [
+        *COMMON, "--allow-pickle", "--deduplicate", "--json", "--store", "--tokenizer", "file",
+    ],
+    "store info": [*COMMON, "--json", "--plot", "store"],
     "store verify": [*COMMON, "--deep", "--json", "--repair", "store"],
     "store failures": [*COMMON, "--json", "store"],
     "store import": [
         *COMMON, "--allow-pickle", "--captions", "--extractor", "--ids", "--json", "--normalise", "--store", "--strict",
         "--tokenizer", "--weights", "sources",
     ],
+    "store delete": [*COMMON, "--json", "--store", "--undo", "--videos", "ids"],
+    "store split": [*COMMON, "--json", "--remove", "--store", "--videos", "ids", "name"],
+    "store migrate": [*COMMON, "store"],
     "store export": ["--json", "--npy", "--parquet", "folder", "store"],
     "pretrain": [
         *COMMON, "--gpus", "--init", "--json", "--max-steps", "--new", "--nodes", "--store", "--workers",

@@ -12,6 +12,8 @@ from vlm_dist.cli.store_transfer import export, import_features
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
+_SHOWN = 10
+
 Store = Annotated[Path | None, typer.Argument(metavar="STORE", help="Feature store (default: the workspace's).")]
 
 
@@ -94,6 +96,9 @@ def verify(
     else:
         for line in report.repaired:
             print(f"repaired: {line}")
+        if report.to_extract:
+            some = ", ".join(report.to_extract[:_SHOWN]) + (", …" if len(report.to_extract) > _SHOWN else "")
+            print(f"{len(report.to_extract)} videos must be extracted again: {some} (--json lists all)")
         if problems:
             print_table(("problem", "where", "what"), [(p.kind, p.where, p.message) for p in problems])
         print(f"{report.videos:,} videos in {report.shards:,} shards, {report.bytes_checked / 1e6:,.1f} MB checked")

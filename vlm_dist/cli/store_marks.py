@@ -89,7 +89,7 @@ def migrate(
     """Bring a store of an older schema to this version's; no feature is touched.
 
     \b
-    Example:
+    Examples:
       vlm-dist store migrate my-store
     """
     from feature_store.layout import SCHEMA_VERSION

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from feature_store.config import StoreConfig
 from tests.vlm_dist.tasks import world
 from tests.vlm_dist.train.ranks import run_ranks
 from vlm_dist.model.checkpoint import save_vlm
@@ -19,8 +20,8 @@ def _job(folder: Path, data: Path, trained_on: TrainedOn | None, **finetune: Any
     tokenizer = world.make_tokenizer()
     save_vlm(world.make_vlm(tokenizer), tokenizer, folder / "init", trained_on=trained_on)
     return FinetuneJob(
-        "retrieval", TaskDataConfig(), str(data), str(folder / "store"), "", "always", str(folder / "init"),
-        str(folder / "out"), TrainConfig(threads=1), FinetuneConfig(**finetune),
+        "retrieval", TaskDataConfig(), str(data), str(folder / "store"), "", StoreConfig(check="always"),
+        str(folder / "init"), str(folder / "out"), TrainConfig(threads=1), FinetuneConfig(**finetune),
     )  # fmt: skip
 
 
