@@ -20,13 +20,12 @@ from feature_store.caption_table import CaptionTable, TableWriter, VideoCaptions
 from feature_store.caption_tokens import Table, Texts, tokenise
 from feature_store.config import CaptionConfig
 from feature_store.dedup import Caption, deduplicate_reference, deduplicate_words
+from feature_store.draft import Captions, Draft
 from feature_store.files import disk_guard, file_crc32c
 from feature_store.index import StoreIndex
 from feature_store.layout import open_store, scratch_name
 from feature_store.records import clean_text
 from feature_store.snapshot import (
-    Captions,
-    Draft,
     finalise,
     snapshot_captions,
     snapshot_marks,

@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from feature_store.files import seal, unseal
+from feature_store.files import SCRATCH, seal, unseal
 from feature_store.layout import COMMITS, VOIDED, StoreMeta, shard_key
 from feature_store.records import VideoRecord
 from feature_store.shard import REPAIR
-from feature_store.storage import SCRATCH
 from vlm_dist.errors import StoreError
 
 _RECORD = re.compile(r"(\d{6,})\.json")

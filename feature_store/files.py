@@ -14,6 +14,7 @@ import numpy as np
 
 from vlm_dist.errors import StoreError
 
+SCRATCH = "_staging"  # the store's folder of unfinished things
 _SEAL = b'{"crc32c":"%08x","body":'
 _SEAL_LENGTH = len(_SEAL % 0)
 

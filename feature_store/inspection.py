@@ -16,7 +16,8 @@ from feature_store.commit import Commit, commit_key, committed_shards, read_comm
 from feature_store.files import crc32c
 from feature_store.index import StoreIndex, current_snapshot
 from feature_store.layout import CHUNK_ROWS, CRC_BYTES, CURRENT, FEATURES_JSON, StoreMeta, shard_key
-from feature_store.plan import array_fits, missing_segments, read_segment, segment_numbers
+from feature_store.plan import array_fits, read_segment, segment_numbers
+from feature_store.plan_repair import missing_segments
 from feature_store.shard import bad_chunks, shard_bytes
 from feature_store.snapshot import row_milliseconds, snapshot_names
 from feature_store.storage import fetched

@@ -18,9 +18,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from feature_store.files import crc32c
+from feature_store.files import SCRATCH, crc32c
 from feature_store.records import Provenance
-from feature_store.storage import SCRATCH, Root, Storage, open_storage
+from feature_store.storage import Root, Storage, open_storage
 from vlm_dist.errors import StoreError
 
 SCHEMA_VERSION = 2

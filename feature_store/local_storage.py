@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from feature_store.files import disk_guard, fsync_dir, write_durable
-from feature_store.storage import SCRATCH
+from feature_store.files import SCRATCH, disk_guard, fsync_dir, write_durable
 
 
 @dataclass(frozen=True)

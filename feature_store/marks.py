@@ -5,11 +5,10 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from feature_store.draft import Draft, Marks
 from feature_store.index import StoreIndex
 from feature_store.layout import open_store
 from feature_store.snapshot import (
-    Draft,
-    Marks,
     committed_videos,
     finalise,
     snapshot_captions,

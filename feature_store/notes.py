@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
+from feature_store.files import SCRATCH
 from feature_store.records import VideoRecord
-from feature_store.storage import SCRATCH, Root, open_storage
+from feature_store.storage import Root, open_storage
 from vlm_dist.errors import StoreError
 
 BEAT_S = 5.0  # between signs of life of a video in work

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from feature_store.files import seal, unseal
 from feature_store.layout import (
     FEATURES_JSON,
     PLANS,
-    VOIDED,
     StoreMeta,
     features_json,
     open_store,
@@ -105,7 +104,7 @@ def plan_videos(
             break
         added = _group(meta, new, workers, len(tasks))
         number = segments[-1].number + 1 if segments else 0
-        if _create_segment(meta, Segment(number, len(tasks), added, duplicates)):
+        if create_segment(meta, Segment(number, len(tasks), added, duplicates)):
             tasks.extend(added)
             break
     _fit_array(meta)
@@ -208,57 +207,7 @@ def _group(meta: StoreMeta, videos: Sequence[PlannedVideo], workers: int, first:
     return tuple(ShardTask(first + k, tuple(videos[bounds[k] : bounds[k + 1]])) for k in range(count))
 
 
-def rebuild_segments(meta: StoreMeta, numbers: Sequence[int], commits: Mapping[int, Sequence[str]]) -> list[str]:
-    """Makes damaged or missing segments anew from what the commit records say; a repair's last resort.
-
-    Videos of them that are not committed are forgotten: the next extraction that is given them plans them again.
-
-    Args:
-        meta: the store.
-        numbers: of the segments.
-        commits: ids of each committed shard.
-
-    Returns:
-        What was done, a line a segment.
-    """
-    intact = {n: read_segment(meta, n) for n in segment_numbers(meta) if n not in numbers}
-    ends = {n: segment.first_shard + len(segment.tasks) for n, segment in intact.items()}
-    last_of_all = max([*ends.values(), max(commits, default=-1) + 1], default=0)
-    rebuilt: list[Segment] = []
-    for number in sorted(numbers):
-        first = ends.get(number - 1, 0)
-        # Of neighbours that are both lost the first takes all shards between those that are known.
-        last = next(
-            (intact[n].first_shard for n in range(number + 1, max(intact, default=0) + 1) if n in intact), last_of_all
-        )
-        tasks = tuple(
-            ShardTask(shard, tuple(PlannedVideo(video_id, "") for video_id in commits.get(shard, ())))
-            for shard in range(first, max(first, last))
-        )
-        ends[number] = max(first, last)
-        rebuilt.append(Segment(number, first, tasks, ()))
-    for segment in rebuilt:
-        key = _key(segment.number)
-        meta.storage.move(key, f"{VOIDED}/{key.rpartition('/')[2]}.{len(meta.storage.names(VOIDED))}")
-        _create_segment(meta, segment)
-    return [
-        f"rebuilt plan segment {s.number} from the commit records: give the videos to extract again" for s in rebuilt
-    ]
-
-
-def missing_segments(meta: StoreMeta) -> list[int]:
-    """Numbers that the plan skips, and the one after the last where shards are committed that no segment has."""
-    numbers = segment_numbers(meta)
-    end = max(numbers, default=-1) + 1
-    missing = sorted(set(range(end)) - set(numbers))
-    try:
-        lost = max(committed_shards(meta), default=-1) >= planned_shards(meta)
-    except StoreError:  # the last segment is damaged, and will be made anew as far as the commits go
-        lost = False
-    return [*missing, end] if lost else missing
-
-
-def _create_segment(meta: StoreMeta, segment: Segment) -> bool:
+def create_segment(meta: StoreMeta, segment: Segment) -> bool:
     """Writes the plan file; whoever loses the race for the number must plan anew on what the winner wrote."""
     body = {
         "segment": segment.number,
@@ -266,15 +215,15 @@ def _create_segment(meta: StoreMeta, segment: Segment) -> bool:
         "shards": [[[video.video_id, video.path] for video in task.videos] for task in segment.tasks],
         "duplicates": [[video.video_id, video.path] for video in segment.duplicates],
     }
-    return meta.storage.create(_key(segment.number), seal(body))
+    return meta.storage.create(segment_key(segment.number), seal(body))
 
 
-def _key(number: int) -> str:
+def segment_key(number: int) -> str:
     return f"{PLANS}/plan-{number:03d}.json"
 
 
 def _keys(numbers: Sequence[int]) -> list[str]:
-    return [_key(number) for number in numbers]
+    return [segment_key(number) for number in numbers]
 
 
 def segment_numbers(meta: StoreMeta) -> list[int]:
@@ -285,11 +234,11 @@ def segment_numbers(meta: StoreMeta) -> list[int]:
 
 def read_segment(meta: StoreMeta, number: int) -> Segment:
     """One plan file; StoreError where it is damaged."""
-    return _parse(meta, number, meta.storage.read(_key(number)))
+    return _parse(meta, number, meta.storage.read(segment_key(number)))
 
 
 def _parse(meta: StoreMeta, number: int, data: bytes) -> Segment:
-    body = unseal(data, meta.place(_key(number)))
+    body = unseal(data, meta.place(segment_key(number)))
     first = body["first_shard"]
     tasks = (
         ShardTask(first + k, tuple(PlannedVideo(*video) for video in videos)) for k, videos in enumerate(body["shards"])

@@ -9,16 +9,15 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 
 from feature_store.arrays import ArrayInfo, write_column
 from feature_store.caption_table import CaptionTable, TableWriter, pack_ids
 from feature_store.commit import roll_all_forward, sweep_staging
+from feature_store.draft import Captions, Draft, Marks, VideoColumns
 from feature_store.files import disk_guard, fsync_dir, seal, write_durable
 from feature_store.index import STATUS_OK, StoreIndex, current_line
 from feature_store.layout import CURRENT, SNAPSHOTS, VOIDED, StoreMeta, open_store, scratch_name
@@ -26,67 +25,6 @@ from feature_store.storage import Root
 
 _VOIDED = "snapshot-"
 _SHARDING = {"shard", "row"}  # where rows lie does not change what they are: not in the fingerprint
-
-
-@dataclass(frozen=True)
-class VideoColumns:
-    """The videos with features, sorted by id, and the count of the others by reason."""
-
-    ids: list[bytes]
-    shard: np.ndarray
-    row: np.ndarray
-    n_rows: np.ndarray
-    crc32c: np.ndarray
-    failed: dict[str, int]
-
-    def same(self, other: "VideoColumns") -> bool:
-        """Whether nothing changed."""
-        columns = ((self.shard, other.shard), (self.row, other.row), (self.n_rows, other.n_rows))
-        return (
-            self.failed == other.failed
-            and self.ids == other.ids
-            and all(np.array_equal(a, b) for a, b in (*columns, (self.crc32c, other.crc32c)))
-        )
-
-    def without(self, ids: Collection[bytes]) -> Self:
-        """The videos that are not among these."""
-        if not ids:
-            return self
-        gone = set(ids)
-        keep = np.fromiter((video_id not in gone for video_id in self.ids), np.bool_, len(self.ids))
-        columns = (self.shard, self.row, self.n_rows, self.crc32c)
-        return type(self)(
-            [video_id for video_id, kept in zip(self.ids, keep, strict=True) if kept],
-            *(column[keep] for column in columns),
-            failed=self.failed,
-        )
-
-
-@dataclass(frozen=True)
-class Captions:
-    """All captions that a snapshot is to hold: tables with the ids of their videos, and how they were made."""
-
-    tables: Sequence[tuple[Sequence[bytes], CaptionTable]] = ()  # of an id in several tables the first counts
-    tokenizer: Path | None = None
-    token_dtype: str = "uint16"
-    details: dict[str, Any] = field(default_factory=dict[str, Any])
-
-
-@dataclass(frozen=True)
-class Marks:
-    """What is said of videos by id: which are deleted, and which make a named split."""
-
-    deleted: Sequence[bytes] = ()
-    splits: Mapping[str, Sequence[bytes]] = field(default_factory=dict[str, Sequence[bytes]])
-
-
-@dataclass(frozen=True)
-class Draft:
-    """All that a snapshot is to hold."""
-
-    videos: VideoColumns
-    captions: Captions
-    marks: Marks
 
 
 def finalise(root: Root) -> str:

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from feature_store.local_storage import LocalStorage
 from vlm_dist.errors import ConfigError
 
 Root = str | Path
-SCRATCH = "_staging"
 
 
 class Storage(Protocol):
@@ -122,8 +122,6 @@ def open_storage(root: Root) -> Storage:
         return S3Storage(text)
     if "://" in text:
         raise ConfigError(f"{text}: a store lies in a folder or at s3://bucket/prefix")
-    from feature_store.local_storage import LocalStorage
-
     return LocalStorage(Path(root))
 
 

@@ -3,12 +3,14 @@
 from pydantic import BaseModel, ConfigDict, Field
 
 from feature_store.commit import committed_shards, roll_all_forward, void
+from feature_store.files import SCRATCH
 from feature_store.index import StoreIndex
 from feature_store.inspection import Inspection, Problem
 from feature_store.layout import VOIDED, open_store, set_shard_count
-from feature_store.plan import planned_shards, rebuild_segments
+from feature_store.plan import planned_shards
+from feature_store.plan_repair import rebuild_segments
 from feature_store.snapshot import finalise, snapshot_names, void_snapshot
-from feature_store.storage import SCRATCH, Root
+from feature_store.storage import Root
 
 
 class VerifyReport(BaseModel):

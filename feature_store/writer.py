@@ -22,11 +22,11 @@ from feature_store.commit import (
     staged_key,
     staging_name,
 )
-from feature_store.files import crc32c, disk_guard
+from feature_store.files import SCRATCH, crc32c, disk_guard
 from feature_store.layout import open_store
 from feature_store.records import VideoRecord
 from feature_store.shard import ShardFile, shard_bytes
-from feature_store.storage import SCRATCH, Root
+from feature_store.storage import Root
 from vlm_dist.errors import StoreError
 
 _BUFFER = 4 << 20  # long writes: the page cache keeps the file in large pieces, and reads of it are quicker

@@ -15,13 +15,13 @@ import tensorstore
 import zarr
 
 from feature_store.commit import commit_key, committed_shards, read_commit
+from feature_store.files import SCRATCH
 from feature_store.index import StoreIndex
 from feature_store.layout import create_store, open_store, shard_key
 from feature_store.plan import PlannedVideo, plan_videos
 from feature_store.reader import FeatureReader
 from feature_store.records import VideoRecord
 from feature_store.snapshot import finalise, snapshot_names
-from feature_store.storage import SCRATCH
 from feature_store.verify import verify_store
 from feature_store.writer import ShardAttempt, shard_done
 from tests.feature_store.store_tools import F, add_video, features, make_store, provenance, random_corpus, write_shards

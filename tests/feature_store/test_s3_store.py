@@ -16,6 +16,7 @@ from obstore.store import S3Store
 from feature_store.captions import write_captions
 from feature_store.commit import commit_key, committed_shards, staged_key
 from feature_store.config import CaptionConfig
+from feature_store.files import SCRATCH
 from feature_store.index import StoreIndex
 from feature_store.info import failures, store_info
 from feature_store.layout import CURRENT, create_store, open_store, shard_key
@@ -23,7 +24,7 @@ from feature_store.plan import PlannedVideo, plan_videos
 from feature_store.reader import FeatureReader
 from feature_store.s3_storage import S3Storage
 from feature_store.snapshot import finalise
-from feature_store.storage import SCRATCH, open_storage
+from feature_store.storage import open_storage
 from feature_store.verify import verify_store
 from feature_store.writer import ShardAttempt
 from tests.feature_store.store_tools import add_video, features, make_store, provenance, write_shards

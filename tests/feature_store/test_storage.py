@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from feature_store.files import seal
+from feature_store.files import SCRATCH, seal
 from feature_store.node_cache import ShardCache
-from feature_store.storage import SCRATCH, Storage, open_storage
+from feature_store.storage import Storage, open_storage
 from vlm_dist.errors import ConfigError, StoreError
 
 ROUNDS, CALLERS = 25, 16

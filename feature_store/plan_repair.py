@@ -1,0 +1,67 @@
+"""Plan segments that are lost or damaged → made anew from the commit records: what a repair does (see verify.py)."""
+
+from collections.abc import Mapping, Sequence
+
+from feature_store.commit import committed_shards
+from feature_store.layout import VOIDED, StoreMeta
+from feature_store.plan import (
+    PlannedVideo,
+    Segment,
+    ShardTask,
+    create_segment,
+    planned_shards,
+    read_segment,
+    segment_key,
+    segment_numbers,
+)
+from vlm_dist.errors import StoreError
+
+
+def rebuild_segments(meta: StoreMeta, numbers: Sequence[int], commits: Mapping[int, Sequence[str]]) -> list[str]:
+    """Makes damaged or missing segments anew from what the commit records say; a repair's last resort.
+
+    Videos of them that are not committed are forgotten: the next extraction that is given them plans them again.
+
+    Args:
+        meta: the store.
+        numbers: of the segments.
+        commits: ids of each committed shard.
+
+    Returns:
+        What was done, a line a segment.
+    """
+    intact = {n: read_segment(meta, n) for n in segment_numbers(meta) if n not in numbers}
+    ends = {n: segment.first_shard + len(segment.tasks) for n, segment in intact.items()}
+    last_of_all = max([*ends.values(), max(commits, default=-1) + 1], default=0)
+    rebuilt: list[Segment] = []
+    for number in sorted(numbers):
+        first = ends.get(number - 1, 0)
+        # Of neighbours that are both lost the first takes all shards between those that are known.
+        last = next(
+            (intact[n].first_shard for n in range(number + 1, max(intact, default=0) + 1) if n in intact), last_of_all
+        )
+        tasks = tuple(
+            ShardTask(shard, tuple(PlannedVideo(video_id, "") for video_id in commits.get(shard, ())))
+            for shard in range(first, max(first, last))
+        )
+        ends[number] = max(first, last)
+        rebuilt.append(Segment(number, first, tasks, ()))
+    for segment in rebuilt:
+        key = segment_key(segment.number)
+        meta.storage.move(key, f"{VOIDED}/{key.rpartition('/')[2]}.{len(meta.storage.names(VOIDED))}")
+        create_segment(meta, segment)
+    return [
+        f"rebuilt plan segment {s.number} from the commit records: give the videos to extract again" for s in rebuilt
+    ]
+
+
+def missing_segments(meta: StoreMeta) -> list[int]:
+    """Numbers that the plan skips, and the one after the last where shards are committed that no segment has."""
+    numbers = segment_numbers(meta)
+    end = max(numbers, default=-1) + 1
+    missing = sorted(set(range(end)) - set(numbers))
+    try:
+        lost = max(committed_shards(meta), default=-1) >= planned_shards(meta)
+    except StoreError:  # the last segment is damaged, and will be made anew as far as the commits go
+        lost = False
+    return [*missing, end] if lost else missing
