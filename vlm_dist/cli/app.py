@@ -38,7 +38,7 @@ COMMANDS = {
     "doctor": Entry("vlm_dist.cli.doctor:doctor", "Check this machine and this workspace.", _START),
     "config": Entry("vlm_dist.cli.config:app", "Show the settings and where each comes from.", _START),
     "extract": Entry("vlm_dist.cli.extract:extract", "Videos and captions -> a feature store.", _DATA),
-    "captions": Entry("vlm_dist.cli.captions:captions", "Captions -> a feature store, or its own again.", _DATA),
+    "captions": Entry("vlm_dist.cli.captions:captions", "Captions -> a feature store, or tokenised again.", _DATA),
     "store": Entry("vlm_dist.cli.store:app", "A feature store: info, verify, failures, import, export.", _DATA),
     "pretrain": Entry("vlm_dist.cli.pretrain:pretrain", "A feature store -> a pre-trained model.", _MODEL),
     "finetune": Entry("vlm_dist.cli.finetune:finetune", "A pre-trained model -> an end task.", _MODEL),
