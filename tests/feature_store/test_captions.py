@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feature_store import caption_files
+from feature_store import captions as captions_module
 from feature_store.caption_files import iter_captions
-from feature_store.captions import write_captions
+from feature_store.captions import check_caption_file, write_captions
 from feature_store.config import CaptionConfig
 from feature_store.index import StoreIndex
 from feature_store.inspection import wrong_captions
@@ -164,6 +165,18 @@ def test_again_does_nothing(tmp_path: Path, two: Path, shared: Path) -> None:
         assert write_captions(two, None, cfg) == again
 
 
+def test_a_file_that_the_store_holds_is_not_checked_again(
+    tmp_path: Path, two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, read = save(tmp_path, NARRATION), list[Path]()
+    write_captions(two, file, SMALL)
+    monkeypatch.setattr(captions_module, "iter_captions", lambda file, *_: read.append(file) or iter(()))
+    check_caption_file(two, file, SMALL)
+    assert not read
+    check_caption_file(two, save(tmp_path, NARRATION, "captions.csv"), SMALL)
+    assert read
+
+
 def test_another_vocabulary_needs_no_file(tmp_path: Path, two: Path, shared: Path) -> None:
     file = save(tmp_path, {**NARRATION, "waits": NARRATION["b"]})
     write_captions(two, file, SMALL)
@@ -283,6 +296,8 @@ def test_real_captions(shared: Path, tmp_path: Path) -> None:
 )
 def test_files_with_errors_name_the_video(tmp_path: Path, two: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
+    with pytest.raises(StoreError, match=message):
+        check_caption_file(tmp_path / "no store yet", tmp_path / name, SMALL)
     with pytest.raises(StoreError, match=message):
         write_captions(two, tmp_path / name, SMALL)
     assert StoreIndex(two).tokenizer_dir is None

@@ -43,6 +43,14 @@ def test_wrong_usage_is_found_before_the_work(folder: Path, capsys: pytest.Captu
     assert "the ending '.txt' is not known" in capsys.readouterr().err
     assert extract(folder, videos, "--random-weights", "0", "--set", "extract.decode.fps=25") == 2
     assert "must be even" in capsys.readouterr().err
+    (folder / "caps.json").write_text('{"good": {"start": [0], "end": [1], "text": ["x"]}, "v2": {')
+    words = ("--captions", str(folder / "caps.json"), "--tokenizer", "wordpiece:120")
+    assert extract(folder, videos, "--random-weights", "0", *words) == 1
+    assert "no captions of video v2 after video good" in capsys.readouterr().err
+    (folder / "caps.json").write_text("{}")
+    words = ("--captions", str(folder / "caps.json"), "--tokenizer", "wordpiece:many")
+    assert extract(folder, videos, "--random-weights", "0", *words) == 2
+    assert "give wordpiece:N with a number of pieces" in capsys.readouterr().err
     assert not (folder / "store").exists()
 
 

@@ -17,14 +17,10 @@ _SHOWN = 20
 
 def check_captions(context: Context, captions: Path | None, allow_pickle: bool) -> None:
     """Find out before hours of work that the captions or their tokenizer cannot be read."""
-    from feature_store.caption_files import require_caption_file
-    from feature_store.tokenizer import load_tokenizer
+    from feature_store.captions import check_caption_file
 
-    if captions is None:
-        return
-    require_caption_file(captions, allow_pickle)
-    if not context.settings.captions.tokenizer.startswith("wordpiece:"):
-        load_tokenizer(context.settings.captions.tokenizer)
+    if captions is not None:
+        check_caption_file(context.store, captions, context.settings.captions, allow_pickle)
 
 
 def write_captions(context: Context, captions: Path | None, allow_pickle: bool) -> "CaptionReport | None":
