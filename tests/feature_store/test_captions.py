@@ -128,6 +128,14 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path, two: Path) -> None:
     assert not verify_store(two, deep=True).problems
 
 
+def test_the_text_nan_of_a_csv_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        'video_id,start,end,text\na,0,1,NaN\na,1,2,"nan"\na,2,3,\na,NaN,4,null\na,4,5,Nan\n'
+    )
+    (raw,) = iter_captions(tmp_path / "a.csv")
+    assert raw.texts == [None, None, "", "null", "Nan"]
+
+
 def test_captions_wait_for_their_video(tmp_path: Path, two: Path) -> None:
     late = {"late": {"start": [0, 4, 8], "end": [3, 7, 9], "text": ["first we wait", "then it comes", "never said"]}}
     report = write_captions(two, save(tmp_path, {**NARRATION, **late}), SMALL)
