@@ -12,7 +12,7 @@ from typing import Any
 
 from vlm_dist.cli.context import Context
 from vlm_dist.cli.evaluate import run_evaluate
-from vlm_dist.cli.extract import extract_to_store
+from vlm_dist.cli.extract_store import extract_to_store
 from vlm_dist.cli.finetune import run_finetune
 from vlm_dist.cli.output import duration, print_table
 from vlm_dist.cli.pretrain import run_pretrain
