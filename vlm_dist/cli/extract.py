@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_dist.cli.context import Context
-from vlm_dist.cli.extract_store import extract_to_store, weights_file
+from vlm_dist.cli.extract_store import announce_calibration, extract_to_store, weights_file
 from vlm_dist.cli.intake import STRICT_EXIT
 from vlm_dist.cli.options import HERE, AllowPickle, Json, Overrides, Workspace
 from vlm_dist.cli.output import print_json, prose_on_stderr
@@ -71,6 +71,8 @@ def extract(
     if not paths and not retry_failed:
         raise ConfigError("which videos? Give files, folders or lists; or --retry-failed for those that failed before")
     if npy:
+        if ignored := [flag for flag, value in {"--store": store, "--captions": captions}.items() if value]:
+            raise ConfigError(f"--npy writes one file and no store: leave out {' and '.join(ignored)}, or --npy itself")
         result = extract_to_npy(context, paths or [], random_weights)
         if as_json:
             print_json(result)
@@ -97,13 +99,16 @@ def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None)
     if len(paths) != 1 or paths[0].is_dir():
         raise ConfigError("--npy takes one video; give --store to extract several into a store")
     cfg = context.settings.extract
+    target = Path(f"{paths[0].stem}.npy")
+    if target.exists():
+        raise ConfigError(f"{target.absolute()} is there already: move it away, or type this in another folder")
     weights = weights_file(context, random_seed)
     if weights is None:
+        announce_calibration()
         model = random_s3d(random_seed or 0, calibration_clips([paths[0]], cfg.decode))
     else:
         model, _ = load_s3d(weights)
     extracted = features_from_file(paths[0], model.eval(), cfg)
-    target = Path(f"{paths[0].stem}.npy")
     np.save(target, extracted.features)
     rows, width = extracted.features.shape
     norm = float(np.linalg.norm(extracted.features.astype(np.float32), axis=1).mean())

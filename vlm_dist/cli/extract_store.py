@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_dist.cli.context import Context
 from vlm_dist.cli.intake import check_captions, print_captions, print_failures, write_captions, write_tracked_captions
-from vlm_dist.cli.output import duration, print_warning, progress
+from vlm_dist.cli.output import counted, duration, print_status, print_warning, progress
 from vlm_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from feature_store.captions import CaptionReport
     from feature_store.extract import ExtractProgress, ExtractSummary
     from feature_store.plan import PlannedVideo
     from feature_store.records import VideoRecord
@@ -26,7 +25,6 @@ def extract_to_store(
     retry_failed: bool = False,
 ) -> dict[str, Any]:
     """Videos and captions -> the workspace's store, as a tracked run; prints what happened and returns it."""
-    from cluster.ray_local import ray_session
     from feature_store.encoder import require_same_encoder
     from feature_store.info import failures, store_info
     from feature_store.layout import store_exists
@@ -45,7 +43,7 @@ def extract_to_store(
         raise ConfigError(f"there is no store at {context.store} whose failed videos could be tried again")
     with context.tracked("extract") as tracker:
         started = time.monotonic()
-        with ray_session(settings.cluster) as machines, progress("extract", len(videos), "videos") as bar:
+        with context.ray() as machines, progress("extract", len(videos), "videos") as bar:
             from feature_store.extract import extract_corpus  # imports ray, which the session prepares
 
             if (gpus := sum(node.gpus for node in machines)) and not settings.extract.gpus_per_worker:
@@ -79,15 +77,19 @@ def extract_to_store(
                 rows_per_shard=settings.store_layout.rows_per_shard,
                 retry_failed=retry_failed,
                 on_progress=show,
+                on_calibration=announce_calibration,
             )
         report = write_captions(context, captions, allow_pickle)
         info = store_info(context.store)
         broken = failures(context.store)
         tracker.tags({"vlm_dist.store_fingerprint": info["fingerprint"], "vlm_dist.store": context.store})
         tracker.text("\n".join(record.model_dump_json() for record in broken), "failures.jsonl")
-        _print_summary(summary, report, broken, time.monotonic() - started)
+        listed = _of_listed(broken, videos)
+        _print_summary(summary, listed, time.monotonic() - started)
+        print_captions(report)
+        print_failures(context.store, listed, others=len(broken) - len(listed))
         return {
-            "store": context.store, "ok": summary.tally.ok, "failed": _failed_of(broken, videos),
+            "store": context.store, "ok": summary.tally.ok, "failed": len(listed),
             "nothing_to_do": summary.nothing_to_do, "fingerprint": info["fingerprint"], "run": tracker.run_id,
         }  # fmt: skip
 
@@ -107,26 +109,30 @@ def _again(context: Context, videos: list["PlannedVideo"], captions: Path | None
     """The same command once more: only captions may have changed."""
     from feature_store.info import failures, store_info
 
-    listed = f"all {len(videos)} videos are in the store or have failed before"
-    print(f"Nothing to do: {listed if videos else 'no video is to be tried again'}.")
-    report, run = write_tracked_captions(context, captions, allow_pickle) if captions else (None, None)
+    what = f"{counted(len(videos), 'video')} listed, in the store already or failed before"
+    print(f"Nothing to do: {what if videos else 'no video is to be tried again'}.")
+    if captions:
+        report, run = write_tracked_captions(context, captions, allow_pickle)
+    else:
+        report, run = write_captions(context, None, allow_pickle), None
     broken = failures(context.store)
+    listed = _of_listed(broken, videos)
     print_captions(report)
-    print_failures(broken)
+    print_failures(context.store, listed, others=len(broken) - len(listed))
     info = store_info(context.store)
-    return {"store": context.store, "ok": info["videos"]["ok"], "failed": _failed_of(broken, videos),
+    return {"store": context.store, "ok": info["videos"]["ok"], "failed": len(listed),
             "nothing_to_do": True, "fingerprint": info["fingerprint"], "run": run}  # fmt: skip
 
 
-def _failed_of(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> int:
+def _of_listed(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> list["VideoRecord"]:
     """Failures among the listed videos (all, where none is listed), repeated ones included: equal in equal runs."""
     from feature_store.records import clean_text
 
     if not videos:
-        return len(broken)
+        return broken
     inputs = {(clean_text(video.video_id), clean_text(video.path)) for video in videos}
     ids = {video_id for video_id, _ in inputs}
-    return sum((r.video_id, r.path) in inputs if r.reason == "duplicate" else r.video_id in ids for r in broken)
+    return [r for r in broken if ((r.video_id, r.path) in inputs if r.reason == "duplicate" else r.video_id in ids)]
 
 
 def weights_file(context: Context, random_seed: int | None) -> Path | None:
@@ -143,12 +149,17 @@ def weights_file(context: Context, random_seed: int | None) -> Path | None:
     return Path(file)
 
 
-def _print_summary(
-    summary: "ExtractSummary", report: "CaptionReport | None", broken: list["VideoRecord"], seconds: float
-) -> None:
+def announce_calibration() -> None:
+    """Say what the silence is that follows."""
+    from feature_store.encode import CALIBRATION_CLIPS
+
+    print_status(f"Calibrating random weights on up to {CALIBRATION_CLIPS} one-second clips …")
+
+
+def _print_summary(summary: "ExtractSummary", broken: list["VideoRecord"], seconds: float) -> None:
+    repeated = sum(record.reason == "duplicate" for record in broken)
     print(
-        f"{summary.tally.ok} videos ({duration(summary.tally.seconds)} of video) extracted and "
-        f"{summary.tally.failed} failed in {duration(seconds)}, on {summary.workers} workers."
+        f"{counted(summary.tally.ok, 'video')} ({duration(summary.tally.seconds)} of video) extracted in "
+        f"{duration(seconds)}, on {counted(summary.workers, 'worker')}; {len(broken) - repeated} failed"
+        f"{f', {repeated} repeated an id' if repeated else ''}."
     )
-    print_captions(report)
-    print_failures(broken)
