@@ -14,6 +14,7 @@ from feature_store.tokenizer import Tokenizer
 from vlm_dist.errors import ConfigError, StoreError
 
 _BLOCK = 1 << 20
+_CSV_MISSING = ("NaN", "nan")  # as pandas writes what is missing; CSV cannot tell it from the word
 _SLACK = 32  # an error this far before the end of what was read is not for lack of the rest, but for an open string
 FORMS = (
     'raw_caption.json {"ID": {"start": [s], "end": [s], "text": ["..."]}}, '
@@ -170,7 +171,7 @@ def _iter_csv(file: Path, text: TextIO) -> Iterator[RawCaptions]:
                 current = RawCaptions(row["video_id"], [], [], [])
             current.starts.append(row["start"])
             current.ends.append(row["end"])
-            current.texts.append(row["text"])
+            current.texts.append(None if row["text"].strip() in _CSV_MISSING else row["text"])
     except csv.Error as error:
         line = rows.reader.line_num
         raise StoreError(f"{file}, line {line}: {error}; quote texts that hold commas or quotes") from None

@@ -4,27 +4,24 @@ A cheap step of its own: no feature is touched. The store keeps the cleaned text
 caption file, and captions of videos that it has no features of, which join their video when its features come.
 """
 
-import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from feature_store.caption_cleaning import clean_captions
 from feature_store.caption_files import RawCaptions, iter_captions, require_caption_file
 from feature_store.caption_table import CaptionTable, TableWriter, VideoCaptions
 from feature_store.caption_tokens import Table, Texts, tokenise
 from feature_store.config import CaptionConfig
-from feature_store.dedup import Caption, deduplicate_reference, deduplicate_words
 from feature_store.draft import Captions, Draft
 from feature_store.files import disk_guard, file_crc32c
-from feature_store.index import StoreIndex
-from feature_store.layout import open_store, scratch_name
-from feature_store.records import clean_text
+from feature_store.index import StoreIndex, current_snapshot
+from feature_store.layout import open_store, scratch_name, store_exists
 from feature_store.snapshot import (
     finalise,
     snapshot_captions,
@@ -37,7 +34,6 @@ from feature_store.tokenizer import TRAIN_PREFIX, Tokenizer, load_tokenizer, tra
 from vlm_dist.errors import ConfigError, StoreError
 
 NAMED = 5
-_U32 = 2**32 - 1
 
 
 class CaptionReport(BaseModel):
@@ -79,13 +75,9 @@ def write_captions(root: Root, file: Path | None, cfg: CaptionConfig, allow_pick
         StoreError: the file does not have the form (the video is named); None and the store has no captions.
     """
     meta = open_store(root)
-    if file is not None:
-        require_caption_file(file, allow_pickle)
-    if cfg.max_tokens > np.iinfo(np.uint16).max:
-        raise ConfigError(f"max_tokens is {cfg.max_tokens}; a caption holds at most 65535")
+    tokenizer = _usable(file, cfg, allow_pickle)
     finalise(root)
     before = StoreIndex(root)
-    tokenizer = None if cfg.tokenizer.startswith(TRAIN_PREFIX) else load_tokenizer(cfg.tokenizer)
     source = before.details["captions"].get("source_crc32c") if file is None else file_crc32c(file)
     if file is None:
         _require_text(before, cfg)
@@ -102,6 +94,24 @@ def write_captions(root: Root, file: Path | None, cfg: CaptionConfig, allow_pick
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return caption_report(StoreIndex(root, name), changed=True)
+
+
+def check_caption_file(root: Root, file: Path, cfg: CaptionConfig, allow_pickle: bool = False) -> None:
+    """Reads a caption file to its end, as `write_captions` will, and keeps nothing.
+
+    For before hours of extraction: a million videos take a minute. The file that the captions of the store were read
+    from is not read again.
+
+    Args:
+        root: the store; it need not be there yet.
+        file, cfg, allow_pickle: as for `write_captions`, with its errors.
+    """
+    tokenizer = _usable(file, cfg, allow_pickle)
+    known = StoreIndex(root) if store_exists(root) and current_snapshot(open_store(root)) else None
+    if known and known.details["captions"].get("source_crc32c") == file_crc32c(file):
+        return
+    for video in iter_captions(file, allow_pickle, tokenizer):
+        clean_captions(video, cfg.deduplicate, Counter())
 
 
 def caption_report(index: StoreIndex, changed: bool) -> CaptionReport:
@@ -133,31 +143,6 @@ def caption_report(index: StoreIndex, changed: bool) -> CaptionReport:
         tokenizer_pieces=details["tokenizer_pieces"],
         tokenizer_sha256=details["tokenizer_sha256"],
     )
-
-
-def clean_captions(raw: RawCaptions, rule: str, counts: Counter[str]) -> list[Caption]:
-    """The usable captions of a video in milliseconds, by start; adds what was dropped to `counts`."""
-    captions: list[Caption] = []
-    for start_s, end_s, text in zip(raw.starts, raw.ends, raw.texts, strict=True):
-        start, end = _milliseconds(raw.video_id, start_s), _milliseconds(raw.video_id, end_s)
-        line = str(clean_text(text)).replace("\n", " ").strip() if isinstance(text, str) else ""
-        if not line:
-            counts["no_text"] += 1
-        elif start is None or end is None or end > _U32 or max(start, 0) >= end:
-            counts["bad_times"] += 1
-        else:
-            counts["clipped"] += start < 0
-            captions.append(Caption(max(start, 0), end, line))
-    captions.sort(key=lambda caption: caption.start)
-    repeats = 0
-    if rule == "words":
-        captions, repeats = deduplicate_words(captions)
-    elif rule == "reference":
-        captions, repeats = deduplicate_reference(captions, Random(raw.video_id))
-    counts["duplicates"] += repeats
-    kept = [caption for caption in captions if caption.start < caption.end]
-    counts["bad_times"] += len(captions) - len(kept)
-    return sorted(kept, key=lambda caption: caption.start)  # what is left of a repeat starts later than it did
 
 
 class _Builder:
@@ -193,6 +178,18 @@ class _Builder:
         return Draft(snapshot_videos(parent), made, snapshot_marks(parent))
 
 
+def _usable(file: Path | None, cfg: CaptionConfig, allow_pickle: bool) -> Tokenizer | None:
+    """The tokenizer, None where one is to be trained; ConfigError where file or settings cannot be meant so."""
+    if file is not None:
+        require_caption_file(file, allow_pickle)
+    if cfg.max_tokens > np.iinfo(np.uint16).max:
+        raise ConfigError(f"max_tokens is {cfg.max_tokens}; a caption holds at most 65535")
+    if cfg.tokenizer.startswith(TRAIN_PREFIX):
+        _train_size(cfg.tokenizer)
+        return None
+    return load_tokenizer(cfg.tokenizer)
+
+
 def _read_file(folder: Path, raw: Iterable[RawCaptions], cfg: CaptionConfig) -> tuple[list[Table], Counter[str]]:
     """The cleaned captions of a file, on disk and without tokens; and what was dropped."""
     writer = TableWriter(folder, "uint16")
@@ -214,15 +211,6 @@ def _read_file(folder: Path, raw: Iterable[RawCaptions], cfg: CaptionConfig) -> 
         ids.append(video.video_id.encode("utf-8", "replace"))
     arrays = writer.finish()
     return [(ids, CaptionTable.open(folder, arrays))], counts
-
-
-def _milliseconds(video_id: str, value: object) -> int | None:
-    """A time of a caption file in whole milliseconds; None for null and NaN."""
-    try:
-        seconds = math.nan if value is None or value == "" else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise StoreError(f"captions of video {video_id}: {value!r:.60} is not a time in seconds") from None
-    return round(seconds * 1000) if math.isfinite(seconds) else None
 
 
 def _require_text(index: StoreIndex, cfg: CaptionConfig) -> None:

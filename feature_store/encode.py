@@ -4,8 +4,7 @@
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from vlm_dist.errors import ExtractionError
 CALIBRATION_CLIPS = 48
 _CLIPS_PER_VIDEO = 3
 _SECONDS_APART = 4
+_SHOWN = 3  # unreadable videos that an error names
 
 
 class Extracted(NamedTuple):
@@ -86,18 +86,24 @@ def calibration_clips(paths: Iterable[Path | str], cfg: DecodeConfig) -> np.ndar
         uint8 (n, fps, size, size, 3), 1 <= n <= 48; at most three clips of a video.
 
     Raises:
-        ExtractionError: none of the videos can be read.
+        ExtractionError: none of the videos can be read; names the first of them (of a single video: its DecodeError).
     """
     clips: list[np.ndarray] = []
+    errors: list[DecodeError] = []
     for path in sorted(paths, key=lambda path: (zlib.crc32(Path(path).name.encode(errors="replace")), str(path))):
-        clips.extend(_some_seconds(path, cfg))
+        try:
+            clips.extend(islice(SecondsReader(path, cfg), 0, _CLIPS_PER_VIDEO * _SECONDS_APART, _SECONDS_APART))
+        except DecodeError as error:
+            errors.append(error)
         if len(clips) >= CALIBRATION_CLIPS:
             break
+    if not clips and len(errors) == 1:
+        raise errors[0]
     if not clips:
-        raise ExtractionError("none of the videos can be read, so there is nothing to calibrate random weights on")
+        more = f"; and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
+        raise ExtractionError(
+            f"none of the {len(errors)} videos can be read, so there is nothing to calibrate random weights on: "
+            + "; ".join(map(str, errors[:_SHOWN]))
+            + more
+        )
     return np.stack(clips[:CALIBRATION_CLIPS])
-
-
-def _some_seconds(path: Path | str, cfg: DecodeConfig) -> Iterator[np.ndarray]:
-    with suppress(DecodeError):
-        yield from islice(SecondsReader(path, cfg), 0, _CLIPS_PER_VIDEO * _SECONDS_APART, _SECONDS_APART)

@@ -2,7 +2,7 @@
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +43,13 @@ def prepare_encoder(
     random_seed: int | None = None,
     weights: Path | None = None,
     rows_per_shard: int = 0,
+    on_calibration: Callable[[], None] = lambda: None,
 ) -> Encoder:
     """Load or make the encoder, and create the store for it (or check that the store there is of this encoder).
 
     Random weights are calibrated when the store is made, on a sample of `videos`, and kept in the store's folder
-    `_extractor`, so that videos added later go through the very same encoder.
+    `_extractor`, so that videos added later go through the very same encoder. `on_calibration` is called before that,
+    which takes a minute of silence.
 
     Raises:
         ConfigError: neither or both of weights and random_seed, or mixed_5c of random weights.
@@ -72,6 +74,7 @@ def prepare_encoder(
             raise StoreError(f"{meta.place(kept_weights(meta))} is damaged: restore it, or extract into a new folder")
         data, calibration = None, meta.provenance.calibration
     else:
+        on_calibration()
         clips = calibration_clips([video.path for video in videos], cfg.decode)
         model = random_s3d(int(random_seed or 0), clips)
         data = save({key: value.contiguous() for key, value in model.state_dict().items()})

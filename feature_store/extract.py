@@ -93,6 +93,7 @@ def extract_corpus(
     rows_per_shard: int = 0,
     retry_failed: bool = False,
     on_progress: Callable[[ExtractProgress], None] = lambda progress: None,
+    on_calibration: Callable[[], None] = lambda: None,
 ) -> ExtractSummary:
     """Extract videos into a store, made or continued; the caller has called `ray.init`.
 
@@ -108,6 +109,7 @@ def extract_corpus(
         rows_per_shard: See `create_store`.
         retry_failed: Try the store's failed videos again.
         on_progress: Called about twice a second.
+        on_calibration: Called before random weights are fitted, if they are.
 
     Raises:
         ConfigError: no weights, or more workers than the cluster has room for.
@@ -117,7 +119,13 @@ def extract_corpus(
     start = time.monotonic()
     workers = _num_workers(cfg)
     encoder = prepare_encoder(
-        store, videos, cfg, random_seed=random_seed, weights=weights, rows_per_shard=rows_per_shard
+        store,
+        videos,
+        cfg,
+        random_seed=random_seed,
+        weights=weights,
+        rows_per_shard=rows_per_shard,
+        on_calibration=on_calibration,
     )
     finalise(store)  # publishes what an interrupted run had committed
     state = ray.put(encoder.state())

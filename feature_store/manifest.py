@@ -23,7 +23,7 @@ def list_inputs(paths: Sequence[Path | str]) -> list[PlannedVideo]:
     does not exist is kept, so that extraction records it as missing.
 
     Raises:
-        ConfigError: a folder without videos, a path that is nothing, or a manifest line that cannot be read.
+        ConfigError: a folder or manifest without videos, a path that is nothing, or a line that cannot be read.
     """
     videos: list[PlannedVideo] = []
     for path in map(Path, paths):
@@ -59,12 +59,15 @@ def _in_manifest(manifest: Path) -> Iterator[PlannedVideo]:
     if not manifest.is_file():
         raise ConfigError(f"{manifest}: no such manifest")
     rows = _csv_rows(manifest) if manifest.suffix.lower() == ".csv" else _jsonl_rows(manifest)
+    where = ""
     try:
         for where, row in rows:
             video_id, path = (_text(where, row, column) for column in COLUMNS)
             yield PlannedVideo(video_id=video_id, path=str((manifest.parent / path).absolute()))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{manifest}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not where:
+        raise ConfigError(f"{manifest}: lists no video; give a line with video_id and path for each")
 
 
 def _text(where: str, row: Mapping[str, object], column: str) -> str:

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feature_store import caption_files
+from feature_store import captions as captions_module
 from feature_store.caption_files import iter_captions
-from feature_store.captions import write_captions
+from feature_store.captions import check_caption_file, write_captions
 from feature_store.config import CaptionConfig
 from feature_store.index import StoreIndex
 from feature_store.inspection import wrong_captions
@@ -127,6 +128,14 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path, two: Path) -> None:
     assert not verify_store(two, deep=True).problems
 
 
+def test_the_text_nan_of_a_csv_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        'video_id,start,end,text\na,0,1,NaN\na,1,2,"nan"\na,2,3,\na,NaN,4,null\na,4,5,Nan\n'
+    )
+    (raw,) = iter_captions(tmp_path / "a.csv")
+    assert raw.texts == [None, None, "", "null", "Nan"]
+
+
 def test_captions_wait_for_their_video(tmp_path: Path, two: Path) -> None:
     late = {"late": {"start": [0, 4, 8], "end": [3, 7, 9], "text": ["first we wait", "then it comes", "never said"]}}
     report = write_captions(two, save(tmp_path, {**NARRATION, **late}), SMALL)
@@ -162,6 +171,18 @@ def test_again_does_nothing(tmp_path: Path, two: Path, shared: Path) -> None:
         again = write_captions(two, file, cfg)
         assert again == first.model_copy(update={"changed": False})
         assert write_captions(two, None, cfg) == again
+
+
+def test_a_file_that_the_store_holds_is_not_checked_again(
+    tmp_path: Path, two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, read = save(tmp_path, NARRATION), list[Path]()
+    write_captions(two, file, SMALL)
+    monkeypatch.setattr(captions_module, "iter_captions", lambda file, *_: read.append(file) or iter(()))
+    check_caption_file(two, file, SMALL)
+    assert not read
+    check_caption_file(two, save(tmp_path, NARRATION, "captions.csv"), SMALL)
+    assert read
 
 
 def test_another_vocabulary_needs_no_file(tmp_path: Path, two: Path, shared: Path) -> None:
@@ -283,6 +304,8 @@ def test_real_captions(shared: Path, tmp_path: Path) -> None:
 )
 def test_files_with_errors_name_the_video(tmp_path: Path, two: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
+    with pytest.raises(StoreError, match=message):
+        check_caption_file(tmp_path / "no store yet", tmp_path / name, SMALL)
     with pytest.raises(StoreError, match=message):
         write_captions(two, tmp_path / name, SMALL)
     assert StoreIndex(two).tokenizer_dir is None

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from feature_store.caption_cleaning import clean_captions
 from feature_store.caption_files import RawCaptions
-from feature_store.captions import clean_captions
 from feature_store.dedup import Caption, deduplicate_reference, deduplicate_words
 
 

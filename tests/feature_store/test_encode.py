@@ -85,8 +85,18 @@ def test_calibration_does_not_depend_on_the_order(tmp_path: Path, make_video: Ca
     assert len(first) == 4
     long_name = tmp_path / f"{'a' * 300}.mp4"
     assert np.array_equal(first, calibration_clips([long_name, *paths], SMALL.decode))
-    with pytest.raises(ExtractionError, match="none of the videos can be read"):
-        calibration_clips([tmp_path / "text.mp4"], SMALL.decode)
+
+
+def test_calibration_says_why_no_video_can_be_read(tmp_path: Path) -> None:
+    text, empty = tmp_path / "text.mp4", tmp_path / "empty.mp4"
+    text.write_text("no video")
+    empty.touch()
+    for path, message in ((text, "no known video format"), (empty, "empty"), (tmp_path / "gone.mp4", "no such file")):
+        with pytest.raises(DecodeError, match=f"{path.name}: .*{message}"):
+            calibration_clips([path], SMALL.decode)
+    gone = [tmp_path / f"{n}.mp4" for n in range(5)]
+    with pytest.raises(ExtractionError, match=r"none of the 5 videos .*\.mp4: no such file; .*; and 2 more$"):
+        calibration_clips(gone, SMALL.decode)
 
 
 @pytest.mark.parametrize(("key", "value"), [("fps", 25), ("size", 225)])

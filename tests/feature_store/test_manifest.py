@@ -64,6 +64,8 @@ def test_jsonl(tmp_path: Path) -> None:
     [
         ("a.csv", b"id,path\n1,a.mp4\n", "line 1 must name the columns video_id and path; it has id, path"),
         ("a.csv", b"", "line 1 must name"),
+        ("a.csv", b"video_id,path\n", "a.csv: lists no video"),
+        ("a.jsonl", b"\n", "a.jsonl: lists no video"),
         ("a.csv", b"video_id,path\n1,a.mp4\n2,\n", "line 3: column path"),
         ("a.csv", b"video_id,path\n1\n", "line 2: column path"),
         ("a.csv", b'video_id,path\n1,"a.mp4\n', "line 2"),

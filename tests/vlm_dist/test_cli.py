@@ -2,11 +2,14 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +17,10 @@ import typer
 
 from vlm_dist.cli import app as program
 from vlm_dist.cli.app import COMMANDS, Entry, main
-from vlm_dist.cli.output import duration, progress
+from vlm_dist.cli.context import Context
+from vlm_dist.cli.output import counted, duration, progress
 from vlm_dist.cli.packages import check_owners, check_packages
+from vlm_dist.demo.run import next_commands
 from vlm_dist.errors import ConfigError, StoreError
 
 COMMON = ["--set", "--workspace"]
@@ -238,6 +243,33 @@ def test_progress_is_plain_where_there_is_no_terminal(capsys: pytest.CaptureFixt
     assert lines[-1].startswith("extract: 20/80 videos (25 %)")
     assert lines[-1].endswith("2.0 videos/s")
     assert len(lines) == 2
+
+
+def test_numbers_agree_with_their_nouns() -> None:
+    assert [counted(number, "video") for number in (0, 1, 2)] == ["0 videos", "1 video", "2 videos"]
+
+
+def test_ray_is_announced_where_it_must_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.ray_local.ray_session", lambda cluster: nullcontext([]))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    with Context.open(tmp_path, None).ray():
+        assert capsys.readouterr().err == ""
+    monkeypatch.delitem(sys.modules, "ray")
+    with Context.open(tmp_path, None).ray():
+        assert capsys.readouterr().err == "Starting Ray …\n"
+    with Context.open(tmp_path, ["cluster.ray_address=here:6379"]).ray():
+        assert capsys.readouterr().err == "Connecting to Ray at here:6379 …\n"
+
+
+def test_a_suggested_command_can_be_typed_as_it_stands(tmp_path: Path) -> None:
+    store = str(tmp_path / "my store")
+    with pytest.raises(ConfigError) as caught:
+        Context.open(tmp_path, None, {"store": store}).require_store()
+    assert shlex.split(str(caught.value).split("`")[1])[-2:] == ["--store", store]
+    folder = tmp_path / "a demo"
+    assert [shlex.split(line)[-1] for line in next_commands(folder)] == [*[str(folder)] * 3, str(folder / "store")]
 
 
 def test_durations_read_well() -> None:

@@ -1,5 +1,6 @@
 """`vlm-dist extract` as it is typed: exit codes that do not change, and wrong usage that is found before the work."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def test_wrong_usage_is_found_before_the_work(folder: Path, capsys: pytest.Captu
     assert "the ending '.txt' is not known" in capsys.readouterr().err
     assert extract(folder, videos, "--random-weights", "0", "--set", "extract.decode.fps=25") == 2
     assert "must be even" in capsys.readouterr().err
+    (folder / "caps.json").write_text('{"good": {"start": [0], "end": [1], "text": ["x"]}, "v2": {')
+    words = ("--captions", str(folder / "caps.json"), "--tokenizer", "wordpiece:120")
+    assert extract(folder, videos, "--random-weights", "0", *words) == 1
+    assert "no captions of video v2 after video good" in capsys.readouterr().err
+    (folder / "caps.json").write_text("{}")
+    words = ("--captions", str(folder / "caps.json"), "--tokenizer", "wordpiece:many")
+    assert extract(folder, videos, "--random-weights", "0", *words) == 2
+    assert "give wordpiece:N with a number of pieces" in capsys.readouterr().err
     assert not (folder / "store").exists()
 
 
@@ -56,3 +65,57 @@ def test_equal_runs_end_with_equal_codes(folder: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert extract(folder, videos, "--weights", str(folder / "typo.pth")) == 1
     assert "typo.pth: no such weights file; no S3D weights" in capsys.readouterr().err
+
+
+def test_what_is_printed_is_of_the_listed_videos(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    videos, broken, store = str(folder / "videos"), str(folder / "broken.mp4"), folder / "my store"
+    words = ("--random-weights", "0", "--store", str(store))
+    (folder / "said.json").write_text('{"good": {"start": [0], "end": [1], "text": ["cut the onion"]}}')
+    capsys.readouterr()
+
+    assert extract(folder, broken, *words) == 1
+    assert "broken.mp4: no known video format" in capsys.readouterr().err
+
+    assert extract(folder, videos, *words, "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["failed"] == 1
+    assert "Calibrating random weights on up to 48 one-second clips …" in shown.err
+    assert "1 video (1 s of video) extracted in " in shown.err
+    assert "on 1 worker; 0 failed, 1 repeated an id." in shown.err
+    assert "1 video without features" in shown.err
+    assert "no captions: pre-training needs them" in shown.err
+
+    captions = ("--captions", str(folder / "said.json"), "--tokenizer", "wordpiece:60")
+    assert extract(folder, broken, *words, *captions) == 0
+    shown = capsys.readouterr()
+    assert "Calibrating" not in shown.err
+    assert "on 1 worker; 1 failed." in shown.out
+    assert "not_a_video" in shown.out
+    assert "duplicate" not in shown.out
+    other = f"The store has 1 other video without features: `vlm-dist store failures '{store}'` lists all."
+    assert other in shown.out
+
+    assert extract(folder, videos, *words) == 0
+    shown = capsys.readouterr()
+    assert "Nothing to do: 2 videos listed, in the store already or failed before." in shown.out
+    assert "Captions are as they were: 1 caption of 1 video." in shown.out
+    assert "no captions" not in shown.err
+    assert "duplicate" in shown.out
+    assert "not_a_video" not in shown.out
+    assert other in shown.out
+
+
+def test_npy_refuses_what_it_would_ignore_or_overwrite(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = (str(folder / "videos" / "good.mp4"), "--npy", "--random-weights", "0")
+    assert extract(folder, *words, "--store", "s", "--captions", "c.json") == 2
+    assert "leave out --store and --captions, or --npy itself" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert extract(folder, *words) == 0
+    assert "Calibrating random weights" in capsys.readouterr().err
+    written = (tmp_path / "good.npy").read_bytes()
+    assert extract(folder, *words) == 2
+    assert f"{tmp_path / 'good.npy'} is there already" in capsys.readouterr().err
+    assert (tmp_path / "good.npy").read_bytes() == written

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vlm_dist.cli.context import Context
-from vlm_dist.cli.intake import check_captions, print_captions, write_tracked_captions
+from vlm_dist.cli.intake import print_captions, write_tracked_captions
 from vlm_dist.cli.options import HERE, AllowPickle, Json, Overrides, Workspace
 from vlm_dist.cli.output import print_json, prose_on_stderr
 
@@ -41,7 +41,6 @@ def captions(
     flags = {"store": store, "captions.tokenizer": tokenizer, "captions.deduplicate": deduplicate}
     context = Context.open(workspace, overrides, flags)
     context.require_store()
-    check_captions(context, file, allow_pickle)
     with prose_on_stderr(as_json):
         report, run = write_tracked_captions(context, file, allow_pickle)
         print_captions(report)

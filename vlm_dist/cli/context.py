@@ -1,16 +1,19 @@
 """What every command of the data's way begins with: settings, a tracked run, training events shown and logged."""
 
+import shlex
+import sys
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_dist.cli.output import Progress, print_warning, progress
+from vlm_dist.cli.output import Progress, print_status, print_warning, progress
 from vlm_dist.config import Resolved, Settings, load_settings
 from vlm_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cluster.resources import NodeResources
     from jobs.tracking import Tracker
 
 
@@ -44,10 +47,21 @@ class Context:
         """The store, if it is there. Errors: ConfigError that says how to make one."""
         store = store or self.store
         if not store.startswith("s3://") and not Path(store).exists():
-            raise ConfigError(
-                f"there is no feature store at {store}; make one with `vlm-dist extract VIDEOS --store {store}`"
-            )
+            command = f"vlm-dist extract VIDEOS --store {shlex.quote(store)}"
+            raise ConfigError(f"there is no feature store at {store}; make one with `{command}`")
         return store
+
+    @contextmanager
+    def ray(self) -> Generator[list["NodeResources"]]:
+        """Ray for the block, as `ray_session`; says so where it must be started first, which takes seconds."""
+        from cluster.ray_local import ray_session
+
+        known = sys.modules.get("ray")  # importing it is for `ray_session`, which prepares that
+        if known is None or not known.is_initialized():
+            address = self.settings.cluster.ray_address
+            print_status(f"Connecting to Ray at {address} …" if address else "Starting Ray …")
+        with ray_session(self.settings.cluster) as nodes:
+            yield nodes
 
     @contextmanager
     def tracked(self, kind: str, **options: Any) -> Generator["Tracker"]:

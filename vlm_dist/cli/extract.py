@@ -1,31 +1,16 @@
 """`vlm-dist extract`: videos (and captions) -> a feature store, or one video -> one file."""
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vlm_dist.cli.context import Context
-from vlm_dist.cli.intake import (
-    STRICT_EXIT,
-    check_captions,
-    print_captions,
-    print_failures,
-    write_captions,
-    write_tracked_captions,
-)
+from vlm_dist.cli.extract_store import announce_calibration, extract_to_store, weights_file
+from vlm_dist.cli.intake import STRICT_EXIT
 from vlm_dist.cli.options import HERE, AllowPickle, Json, Overrides, Workspace
-from vlm_dist.cli.output import duration, print_json, print_warning, progress, prose_on_stderr
+from vlm_dist.cli.output import print_json, prose_on_stderr
 from vlm_dist.errors import ConfigError
-
-if TYPE_CHECKING:
-    from feature_store.captions import CaptionReport
-    from feature_store.extract import ExtractProgress, ExtractSummary
-    from feature_store.plan import PlannedVideo
-    from feature_store.records import VideoRecord
-
-LOG_EVERY_S = 10.0  # between points of a throughput curve: extraction runs for days
 
 
 def extract(
@@ -86,6 +71,8 @@ def extract(
     if not paths and not retry_failed:
         raise ConfigError("which videos? Give files, folders or lists; or --retry-failed for those that failed before")
     if npy:
+        if ignored := [flag for flag, value in {"--store": store, "--captions": captions}.items() if value]:
+            raise ConfigError(f"--npy writes one file and no store: leave out {' and '.join(ignored)}, or --npy itself")
         result = extract_to_npy(context, paths or [], random_weights)
         if as_json:
             print_json(result)
@@ -112,151 +99,18 @@ def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None)
     if len(paths) != 1 or paths[0].is_dir():
         raise ConfigError("--npy takes one video; give --store to extract several into a store")
     cfg = context.settings.extract
-    weights = _weights(context, random_seed)
+    target = Path(f"{paths[0].stem}.npy")
+    if target.exists():
+        raise ConfigError(f"{target.absolute()} is there already: move it away, or type this in another folder")
+    weights = weights_file(context, random_seed)
     if weights is None:
+        announce_calibration()
         model = random_s3d(random_seed or 0, calibration_clips([paths[0]], cfg.decode))
     else:
         model, _ = load_s3d(weights)
     extracted = features_from_file(paths[0], model.eval(), cfg)
-    target = Path(f"{paths[0].stem}.npy")
     np.save(target, extracted.features)
     rows, width = extracted.features.shape
     norm = float(np.linalg.norm(extracted.features.astype(np.float32), axis=1).mean())
     return {"file": str(target), "rows": rows, "width": width, "norm": norm, "seconds": extracted.seconds,
             "decoded_s": extracted.decoded_s, "claimed_s": extracted.claimed_s}  # fmt: skip
-
-
-def extract_to_store(
-    context: Context,
-    paths: list[Path],
-    random_seed: int | None,
-    allow_pickle: bool = False,
-    retry_failed: bool = False,
-) -> dict[str, Any]:
-    """Videos and captions -> the workspace's store, as a tracked run; prints what happened and returns it."""
-    from cluster.ray_local import ray_session
-    from feature_store.encoder import require_same_encoder
-    from feature_store.info import failures, store_info
-    from feature_store.layout import store_exists
-    from feature_store.manifest import list_inputs
-
-    settings = context.settings
-    videos = list_inputs(paths)
-    weights = _weights(context, random_seed)
-    captions = Path(settings.captions_file) if settings.captions_file else None
-    check_captions(context, captions, allow_pickle)
-    if store_exists(context.store):
-        require_same_encoder(context.store, settings.extract, random_seed=random_seed, weights=weights)
-        if _all_done(context, videos, retry_failed):
-            return _again(context, videos, captions, allow_pickle)
-    elif not videos:
-        raise ConfigError(f"there is no store at {context.store} whose failed videos could be tried again")
-    with context.tracked("extract") as tracker:
-        started = time.monotonic()
-        with ray_session(settings.cluster) as machines, progress("extract", len(videos), "videos") as bar:
-            from feature_store.extract import extract_corpus  # imports ray, which the session prepares
-
-            if (gpus := sum(node.gpus for node in machines)) and not settings.extract.gpus_per_worker:
-                print_warning(f"{gpus:g} GPUs are there and S3D runs on CPUs; type --set extract.gpus_per_worker=1")
-            logged = time.monotonic()
-
-            def show(state: "ExtractProgress") -> None:
-                nonlocal logged
-                note = f"{state.videos_per_s:.2g} videos/s, {state.video_seconds_per_s:.1f} s of video/s"
-                failed = f", {state.tally.failed} failed" if state.tally.failed else ""
-                bar.update(state.done, note + failed, total=state.videos)
-                if time.monotonic() - logged < LOG_EVERY_S and state.done < state.videos:
-                    return
-                logged = time.monotonic()
-                tracker.metrics(
-                    {
-                        "extract/videos": state.done,
-                        "extract/failed": state.tally.failed,
-                        "extract/videos_per_s": state.videos_per_s,
-                        "extract/video_seconds_per_s": state.video_seconds_per_s,
-                    },
-                    step=state.done,
-                )
-
-            summary = extract_corpus(
-                context.store,
-                videos,
-                settings.extract,
-                random_seed=random_seed,
-                weights=weights,
-                rows_per_shard=settings.store_layout.rows_per_shard,
-                retry_failed=retry_failed,
-                on_progress=show,
-            )
-        report = write_captions(context, captions, allow_pickle)
-        info = store_info(context.store)
-        broken = failures(context.store)
-        tracker.tags({"vlm_dist.store_fingerprint": info["fingerprint"], "vlm_dist.store": context.store})
-        tracker.text("\n".join(record.model_dump_json() for record in broken), "failures.jsonl")
-        _print_summary(summary, report, broken, time.monotonic() - started)
-        return {
-            "store": context.store, "ok": summary.tally.ok, "failed": _failed_of(broken, videos),
-            "nothing_to_do": summary.nothing_to_do, "fingerprint": info["fingerprint"], "run": tracker.run_id,
-        }  # fmt: skip
-
-
-def _all_done(context: Context, videos: list["PlannedVideo"], retry_failed: bool) -> bool:
-    """Whether every video is through, so that neither Ray nor a run is needed; what was committed is published."""
-    from feature_store.plan import anything_to_do
-    from feature_store.snapshot import finalise
-
-    if anything_to_do(context.store, videos, retry_failed):
-        return False
-    finalise(context.store)
-    return True
-
-
-def _again(context: Context, videos: list["PlannedVideo"], captions: Path | None, allow_pickle: bool) -> dict[str, Any]:
-    """The same command once more: only captions may have changed."""
-    from feature_store.info import failures, store_info
-
-    listed = f"all {len(videos)} videos are in the store or have failed before"
-    print(f"Nothing to do: {listed if videos else 'no video is to be tried again'}.")
-    report, run = write_tracked_captions(context, captions, allow_pickle) if captions else (None, None)
-    broken = failures(context.store)
-    print_captions(report)
-    print_failures(broken)
-    info = store_info(context.store)
-    return {"store": context.store, "ok": info["videos"]["ok"], "failed": _failed_of(broken, videos),
-            "nothing_to_do": True, "fingerprint": info["fingerprint"], "run": run}  # fmt: skip
-
-
-def _failed_of(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> int:
-    """Failures among the listed videos (all, where none is listed), repeated ones included: equal in equal runs."""
-    from feature_store.records import clean_text
-
-    if not videos:
-        return len(broken)
-    inputs = {(clean_text(video.video_id), clean_text(video.path)) for video in videos}
-    ids = {video_id for video_id, _ in inputs}
-    return sum((r.video_id, r.path) in inputs if r.reason == "duplicate" else r.video_id in ids for r in broken)
-
-
-def _weights(context: Context, random_seed: int | None) -> Path | None:
-    """The weights file, or None for random weights. A seed on the command line goes before a file in the settings."""
-    from feature_store.weights import NO_WEIGHTS
-
-    file, origin = context.settings.extract.weights, context.resolved.origins["extract.weights"]
-    if random_seed is not None:
-        if file and origin == "command line":
-            raise ConfigError("--weights and --random-weights exclude each other: give one of them")
-        return None
-    if not file:
-        raise ConfigError(NO_WEIGHTS)
-    return Path(file)
-
-
-def _print_summary(
-    summary: "ExtractSummary", report: "CaptionReport | None", broken: list["VideoRecord"], seconds: float
-) -> None:
-    print(
-        f"{summary.tally.ok} videos ({duration(summary.tally.seconds)} of video) extracted and "
-        f"{summary.tally.failed} failed in {duration(seconds)}, on {summary.workers} workers."
-    )
-    print_captions(report)
-    print_failures(broken)

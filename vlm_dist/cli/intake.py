@@ -1,11 +1,12 @@
 """What `extract` and `import` share: captions beside the features, and the list of what gave none."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_dist.cli.context import Context
-from vlm_dist.cli.output import print_table, print_warning
+from vlm_dist.cli.output import counted, print_table, print_warning
 
 if TYPE_CHECKING:
     from feature_store.captions import CaptionReport
@@ -17,23 +18,27 @@ _SHOWN = 20
 
 def check_captions(context: Context, captions: Path | None, allow_pickle: bool) -> None:
     """Find out before hours of work that the captions or their tokenizer cannot be read."""
-    from feature_store.caption_files import require_caption_file
-    from feature_store.tokenizer import load_tokenizer
+    from feature_store.captions import check_caption_file
 
-    if captions is None:
-        return
-    require_caption_file(captions, allow_pickle)
-    if not context.settings.captions.tokenizer.startswith("wordpiece:"):
-        load_tokenizer(context.settings.captions.tokenizer)
+    if captions is not None:
+        check_caption_file(context.store, captions, context.settings.captions, allow_pickle)
 
 
 def write_captions(context: Context, captions: Path | None, allow_pickle: bool) -> "CaptionReport | None":
-    """Captions of the file -> the workspace's store; None where there is no file."""
+    """Captions of the file, if there is one -> the workspace's store; None where it holds none afterwards."""
     from feature_store import captions as store_captions
 
     if captions is None:
-        return None
+        return _held_captions(context)
     return store_captions.write_captions(context.store, captions, context.settings.captions, allow_pickle)
+
+
+def _held_captions(context: Context) -> "CaptionReport | None":
+    from feature_store.captions import caption_report
+    from feature_store.index import StoreIndex
+
+    index = StoreIndex(context.store)
+    return caption_report(index, changed=False) if index.tokenizer_dir else None
 
 
 def write_tracked_captions(
@@ -65,40 +70,45 @@ def print_captions(report: "CaptionReport | None") -> None:
         print_warning("no captions: pre-training needs them; run the same command with --captions FILE")
     else:
         print(_caption_line(report))
-        for count, what in _caption_losses(report):
-            print(f"  {count} {what}")
+        for count, noun, what in _caption_losses(report):
+            print(f"  {counted(count, noun)} {what}")
 
 
-def print_failures(broken: list["VideoRecord"]) -> None:
-    """A table of the first of them."""
+def print_failures(store: str, broken: list["VideoRecord"], others: int = 0) -> None:
+    """A table of the first of the broken videos, and how many others the store has."""
+    command = f"vlm-dist store failures {shlex.quote(store)}"
     if broken:
         reasons = Counter(record.reason for record in broken)
         rows = [(r.video_id, r.reason, r.message) for r in broken[:_SHOWN]]
-        print_table(("video", "reason", "what happened"), rows, title=f"{len(broken)} videos without features")
+        title = f"{counted(len(broken), 'video')} without features"
+        print_table(("video", "reason", "what happened"), rows, title=title)
         if len(broken) > _SHOWN:
-            print(f"… and {len(broken) - _SHOWN} more ({dict(reasons)}): `vlm-dist store failures` lists them all")
+            print(f"… and {len(broken) - _SHOWN} more ({dict(reasons)}): `{command}` lists them all")
+    if others:
+        print(f"The store has {counted(others, 'other video')} without features: `{command}` lists all.")
 
 
 def _caption_line(report: "CaptionReport") -> str:
+    captions, videos = counted(report.clips, "caption"), counted(report.videos_with_captions, "video")
     if not report.changed:
-        return f"Captions are as they were: {report.clips} captions of {report.videos_with_captions} videos."
+        return f"Captions are as they were: {captions} of {videos}."
     return (
-        f"{report.clips} captions ({report.tokens} tokens, {report.tokens_per_s:.2f} a second) of "
-        f"{report.videos_with_captions} videos, {report.captions_per_video:.1f} a video; "
+        f"{captions} ({report.tokens} tokens, {report.tokens_per_s:.2f} a second) of "
+        f"{videos}, {report.captions_per_video:.1f} a video; "
         f"vocabulary of {report.tokenizer_pieces} word pieces."
     )
 
 
-def _caption_losses(report: "CaptionReport") -> list[tuple[int, str]]:
+def _caption_losses(report: "CaptionReport") -> list[tuple[int, str, str]]:
     """What did not become tokens, counted; only what happened."""
     absent = ", ".join(report.captions_without_video_ids[:3])
     counts = [
-        (report.videos_without_captions, "videos have no captions and will not be pre-trained on"),
-        (report.captions_without_video, f"videos have captions and no features ({absent} …); kept for later"),
-        (report.dropped_text, "captions without text were dropped"),
-        (report.dropped_times, "captions whose end is not after their start were dropped"),
-        (report.dropped_outside, "captions start after the end of their video and were dropped"),
-        (report.clipped, "captions were cut at the end of their video"),
-        (report.duplicates, "captions repeated the one before and were cut or dropped"),
+        (report.videos_without_captions, "video", "without captions: not pre-trained on"),
+        (report.captions_without_video, "video", f"with captions and without features ({absent} …): kept for later"),
+        (report.dropped_text, "caption", "without text: dropped"),
+        (report.dropped_times, "caption", "with an end that is not after the start: dropped"),
+        (report.dropped_outside, "caption", "from after the end of the video: dropped"),
+        (report.clipped, "caption", "reaching beyond the video: cut"),
+        (report.duplicates, "caption", "repeating the one before: cut or dropped"),
     ]
-    return [(count, what) for count, what in counts if count]
+    return [(count, noun, what) for count, noun, what in counts if count]

@@ -20,6 +20,11 @@ def print_warning(message: str) -> None:
     _styled(f"warning: {message}", "yellow")
 
 
+def print_status(message: str) -> None:
+    """One plain line on stderr before something that takes long and shows no progress."""
+    _styled(message, "")
+
+
 def print_json(value: Any) -> None:
     """A result for machines, on stdout; not-a-number becomes null."""
     print(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
@@ -47,6 +52,11 @@ def print_table(
         table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     # A pipe or a file has no width: rows must not be folded to 80 columns there.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: `1 video`, `2 videos`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def duration(seconds: float) -> str:

@@ -112,7 +112,7 @@ def import_to_store(
             tracker.text("\n".join(r.model_dump_json() for r in failures(context.store)), "failures.jsonl")
     print_captions(report)
     broken = failures(context.store)
-    print_failures(broken)
+    print_failures(context.store, broken)
     info = store_info(context.store)
     if waiting := info["videos"]["open"]:
         print_warning(f"{waiting} videos of another import are not in the store yet: type that import again")

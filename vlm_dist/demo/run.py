@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Generator
@@ -12,7 +13,7 @@ from typing import Any
 
 from vlm_dist.cli.context import Context
 from vlm_dist.cli.evaluate import run_evaluate
-from vlm_dist.cli.extract import extract_to_store
+from vlm_dist.cli.extract_store import extract_to_store
 from vlm_dist.cli.finetune import run_finetune
 from vlm_dist.cli.output import duration, print_table
 from vlm_dist.cli.pretrain import run_pretrain
@@ -58,14 +59,13 @@ def run_demo(folder: Path, seed: int = 0, videos: int = VIDEOS) -> DemoResult:
         videos: Whole videos; a few broken ones come on top.
     """
     from cluster.mlflow_server import tracking_server
-    from cluster.ray_local import ray_session
 
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / FILE).exists():
         (folder / FILE).write_text(resources.files("vlm_dist.demo").joinpath(FILE).read_text("utf-8"), "utf-8")
     context = Context.open(folder, [f"train.seed={seed}"])
-    with tracking_server(context.settings.cluster, folder), ray_session(context.settings.cluster):
+    with tracking_server(context.settings.cluster, folder), context.ray():
         with _stage(1, "Render narrated videos"):
             world = _world(folder, videos, seed)
             print(f"{len(world.train)} training and {len(world.test)} test videos, {duration(world.seconds)} in all, "
@@ -129,6 +129,12 @@ def _failures(context: Context) -> dict[str, str]:
     return {record.video_id: record.reason for record in failures(context.store)}
 
 
+def next_commands(folder: Path) -> list[str]:
+    """What to type after the demo, for a shell."""
+    on_runs = [f"vlm-dist {name} --workspace {shlex.quote(str(folder))}" for name in ("jobs list", "compare", "ui")]
+    return [*on_runs, f"vlm-dist store info {shlex.quote(str(folder / 'store'))}"]
+
+
 def _report(result: DemoResult, folder: Path) -> None:
     print()
     rows = [
@@ -141,10 +147,6 @@ def _report(result: DemoResult, folder: Path) -> None:
     print_table(("broken video", "reason"), result.failures.items(), title="Left out, and said so")
     print(f"The whole way took {duration(result.seconds)}. It was made on rendered videos with random S3D weights:")
     print("the numbers show that the machinery learns, not how good VLM is. Go on with:")
-    for line in ("vlm-dist jobs list", "vlm-dist compare", "vlm-dist ui", "vlm-dist store info"):
-        print(
-            f"  {line} --workspace {folder}"
-            if not line.startswith("vlm-dist store")
-            else f"  {line} {folder / 'store'}"
-        )
+    for line in next_commands(folder):
+        print(f"  {line}")
     print("  vlm-dist init my-project    # your own videos")
