@@ -135,10 +135,8 @@ class OwnServer:
 
     def _start(self) -> None:
         port = _free_port(int((self._read() or {}).get("port", 0)))
-        # Relative to the state folder: no quoting of odd paths in a URL, and the workspace may be moved.
-        command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--workers", "1", "--backend-store-uri", "sqlite:///mlflow.db"]
-        command += ["--artifacts-destination", "./artifacts"]
+        command = [sys.executable, "-P", "-m", "cluster.mlflow_process", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--workers", "1", "--artifacts-destination", "./artifacts"]
         with self.log.open("w") as log:
             process = subprocess.Popen(
                 command,
