@@ -39,7 +39,7 @@ def tracking_server(cluster: ClusterConfig, folder: Path) -> Generator[str]:
         folder: The workspace; the own server keeps its state in `.vlm-dist/mlflow` below it.
 
     Raises:
-        ConfigError: `tracking_uri` is no http(s) address.
+        ConfigError: `tracking_uri` is no http(s) address, or the workspace cannot be written.
         JobError: The own server does not come up (with the end of its log).
     """
     if cluster.tracking_uri:
@@ -82,7 +82,14 @@ class OwnServer:
 
     def join(self) -> Path:
         """Take a lease on a healthy server, started when there is none; sets `uri`."""
-        self.leases.mkdir(parents=True, exist_ok=True)
+        try:
+            self.leases.mkdir(parents=True, exist_ok=True)
+            (self.state / "lock").touch()
+        except OSError as error:
+            raise ConfigError(
+                f"the runs of this workspace are kept in {self.state}, which cannot be written: {error.strerror}; make "
+                "it writable, name another folder with --workspace, or set cluster.tracking_uri"
+            ) from error
         with self._lock():
             lease = self.leases / f"{os.getpid()}-{start_mark(os.getpid())}-{next(_numbers)}"
             lease.touch()
@@ -135,10 +142,8 @@ class OwnServer:
 
     def _start(self) -> None:
         port = _free_port(int((self._read() or {}).get("port", 0)))
-        # Relative to the state folder: no quoting of odd paths in a URL, and the workspace may be moved.
-        command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--workers", "1", "--backend-store-uri", "sqlite:///mlflow.db"]
-        command += ["--artifacts-destination", "./artifacts"]
+        command = [sys.executable, "-P", "-m", "cluster.mlflow_process", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--workers", "1", "--artifacts-destination", "./artifacts"]
         with self.log.open("w") as log:
             process = subprocess.Popen(
                 command,

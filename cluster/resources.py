@@ -58,20 +58,20 @@ def check_request(have: list[NodeResources], nodes: int, gpus_per_node: int, wor
     there = f"{place} {gpus:g} GPUs and {cpus:g} CPUs"
     if nodes < 1 or gpus_per_node < 0 or workers < 0:
         raise ConfigError(f"--nodes {nodes} --gpus {gpus_per_node} --workers {workers}: give at least one node")
-    if gpus_per_node == 0:
-        if workers > cpus:
-            raise ConfigError(f"{workers} workers need {workers} CPUs, and {there}; type `--workers {cpus:g}`")
-        return
     fitting = [node for node in have if node.gpus >= gpus_per_node]
+    if gpus_per_node == 0 and workers > cpus:
+        raise ConfigError(f"{workers} workers need {workers} CPUs, and {there}; type `--workers {cpus:g}`")
     if len(fitting) >= nodes:
         return
-    if gpus == 0:
+    if gpus_per_node == 0:
+        instead = f"type `--nodes {len(have)} --gpus 0 --workers {workers}`"
+    elif gpus == 0:
         instead = f"type `--gpus 0 --workers {min(2, int(cpus)) or 1}` to train on CPUs (small models only)"
     else:
         most = max(int(node.gpus) for node in have)
         per_node = min(gpus_per_node, most)
         instead = f"type `--nodes {sum(node.gpus >= per_node for node in have)} --gpus {per_node}`"
-    asked = f"{nodes} node{'s' * (nodes != 1)} with {gpus_per_node} GPUs each"
+    asked = f"{nodes} node{'s' * (nodes != 1)}" + (f" with {gpus_per_node} GPUs each" if gpus_per_node else "")
     raise ConfigError(f"asked for {asked}, and {there}; {instead}, or set cluster.ray_address to a larger cluster")
 
 

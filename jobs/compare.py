@@ -1,7 +1,8 @@
 """Runs beside the paper and beside each other (... metrics -> runs -> a table).
 
-Runs that differ in nothing but the seed are one row: mean and spread (sample standard deviation) over n. What they read
-and where they started counts by content (fingerprint, digest), not by the path where it lies.
+Runs that differ in nothing but the seed are one row: mean and spread (sample standard deviation) over n; of runs that
+differ in nothing at all only the newest counts. What they read and where they started counts by content (fingerprint,
+digest), not by the path where it lies.
 """
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
@@ -94,9 +95,8 @@ def compare(uri: str, names: Sequence[str] = ()) -> list[TaskTable]:
     finished = latest_runs(connect(uri), (*_RESULT_KINDS, "pretrain"))
     configs = _Configs(finished)
     runs = [find_run(uri, name) for name in names] if names else _newest(finished, configs)
-    unique = {run.info.run_id: run for run in runs}
     tasks: dict[str, list[Run]] = {}
-    for run in unique.values():
+    for run in _without_repeats(runs, configs):
         tasks.setdefault(tag(run, "task") or tag(run, "kind"), []).append(run)
     return [_table(task, group, configs) for task, group in sorted(tasks.items())]
 
@@ -132,6 +132,17 @@ def _newest(runs: Iterable[Run], configs: _Configs) -> list[Run]:
             if chosen.setdefault((tag(run, "task"), _form(run)), config) == config:
                 kept.append(run)
     return kept
+
+
+def _without_repeats(runs: Iterable[Run], configs: _Configs) -> list[Run]:
+    """Without those that were made again later: of one form, configuration, seed and model at the start."""
+    newest: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        seed = run.data.params.get("train.seed", "")
+        started = (seed, tag(run, "source_model"), tag(run, "parent_run"))
+        key = (tag(run, "task"), _form(run), *started, *sorted(configs.of(run).items()))
+        newest[key] = max(newest.get(key, run), run, key=lambda each: each.info.start_time)
+    return list(newest.values())
 
 
 def _table(task: str, runs: list[Run], configs: _Configs) -> TaskTable:

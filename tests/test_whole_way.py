@@ -12,6 +12,8 @@ from cluster.config import ClusterConfig
 from cluster.mlflow_server import tracking_server
 from jobs.runs import extract_run
 from vlm_dist.cli.app import main
+from vlm_dist.cli.context import Context
+from vlm_dist.demo.run import _zero_shot
 from vlm_dist.demo.world import render_world
 
 VIDEOS = 8
@@ -209,6 +211,38 @@ def test_more_gpus_than_there_are(workspace: Workspace, extracted: Path) -> None
     workspace.type("pretrain", "--gpus", "8", "--set", "train.seed=5", code=2)
     assert "0 GPUs" in workspace.errors
     assert "--gpus 0 --workers" in workspace.errors
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("pretrain --gpus 0 --workers 2 --set train.precision=fp16", "fp16 needs GPUs"),
+        ("pretrain --gpus 0 --set train.global_batch=7", "not a multiple of clips_per_video 4"),
+        ("pretrain --gpus 0 --workers 5 --set train.global_batch=4", "global_batch 4 cannot be shared by 5 workers"),
+        ("pretrain --gpus 0 --nodes 4 --workers 2 --set train.seed=6", "type `--nodes 1 --gpus 0 --workers 2`"),
+        ("finetune retrieval --gpus 0 --set train.precision=fp16", "fp16 needs GPUs"),
+        ("finetune retrieval --gpus 0 --workers 2 --set finetune.batch=1", "finetune.batch 1 cannot be shared by 2"),
+        ("pretrain --gpus -1", "--gpus"),
+    ],
+)
+def test_what_can_never_work_is_refused_before_a_run_begins(
+    workspace: Workspace, pretrained: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str
+) -> None:
+    before = workspace.json("jobs", "list")
+    if "--nodes" not in line:  # how many machines there are, only the cluster knows
+        monkeypatch.setattr("cluster.ray_local.ray_session", lambda _: pytest.fail("a cluster was asked for"))
+    workspace.type(*line.split(), code=2)
+    assert said in workspace.errors
+    assert [row["id"] for row in workspace.json("jobs", "list")] == [row["id"] for row in before]
+
+
+def test_a_demo_measures_one_model_once(workspace: Workspace, pretrained: Path, tmp_path: Path) -> None:
+    context = Context.open(pretrained, None)
+    run = workspace.json("pretrain", "--gpus", "0", "--workers", "2")["run"]
+    first = _zero_shot(context, run, tmp_path / "zero-shot.json")
+    runs = workspace.json("jobs", "list")
+    assert _zero_shot(context, run, tmp_path / "zero-shot.json") == first
+    assert len(workspace.json("jobs", "list")) == len(runs)
 
 
 def test_a_bert_folder_starts_pretraining_on_its_own_vocabulary(

@@ -154,9 +154,13 @@ def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Field
 def _from_file(path: Path) -> Iterator[tuple[str, Any, str]]:
     if not path.is_file():
         return
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no UTF-8 text, as TOML must be ({error}); save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     lines = _lines_of_keys(text)
@@ -204,10 +208,15 @@ def _from_text(key: str, text: str) -> Any:
     if get_origin(kind) in (Union, types.UnionType) and text.lower() in ("", "none"):
         return None
     if get_origin(kind) is tuple:
-        return tuple(part.strip() for part in text.strip("[]() ").split(",") if part.strip())
+        return tuple(_unquoted(part.strip()) for part in text.strip("[]() ").split(",") if part.strip())
     if get_origin(kind) is Literal:
         return {str(choice): choice for choice in get_args(kind)}.get(text, text)
     return text
+
+
+def _unquoted(part: str) -> str:
+    """An entry of a list without the quotes that it has in a file and need not have in a shell."""
+    return part[1:-1] if len(part) > 1 and part[0] == part[-1] in "\"'" else part
 
 
 def _resolve(key: str, value: Any, base: Path) -> Any:

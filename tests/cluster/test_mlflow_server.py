@@ -109,6 +109,22 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest
     assert not (state / "server.json").exists()
 
 
+@pytest.mark.parametrize("size", [1, 300_000, 700_000])  # bytes of the database when the lights go out
+def test_a_first_start_that_is_killed_spoils_nothing(tmp_path: Path, size: int) -> None:
+    state = tmp_path / ".vlm-dist" / "mlflow"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE)
+    made = [state / "mlflow.db.new", state / "mlflow.db"]
+    while not any(path.exists() and path.stat().st_size >= size for path in made):
+        time.sleep(0.001)
+    server = _record(tmp_path)["pid"]
+    holder.kill()
+    holder.wait()
+    os.killpg(server, signal.SIGKILL)
+    with tracking_server(ClusterConfig(), tmp_path) as uri:
+        assert uri.startswith("http://127.0.0.1:")
+    assert [path.name for path in state.glob("mlflow.db*")] == ["mlflow.db"]
+
+
 @pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "file:///tmp/x", "./mlruns", "localhost:5000", "http://"])
 def test_only_http_is_taken(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="http"), tracking_server(ClusterConfig(tracking_uri=uri), tmp_path):

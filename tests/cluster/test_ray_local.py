@@ -83,6 +83,11 @@ def subprocess_free_session(address: str) -> None:
     [
         ([NodeResources(2, 0)], (1, 8, 0), "this machine has 0 GPUs and 2 CPUs; type `--gpus 0 --workers 2`"),
         ([NodeResources(2, 0)], (1, 0, 4), "type `--workers 2`"),
+        (
+            [NodeResources(8, 0)],
+            (4, 0, 2),
+            "4 nodes, and this machine has 0 GPUs and 8 CPUs; type `--nodes 1 --gpus 0 --w",
+        ),
         ([NodeResources(64, 4)], (1, 8, 0), "type `--nodes 1 --gpus 4`"),
         ([NodeResources(8, 4), NodeResources(8, 8)], (2, 8, 0), "type `--nodes 1 --gpus 8`"),
         ([NodeResources(8, 4)] * 2, (3, 2, 0), "type `--nodes 2 --gpus 2`"),

@@ -71,6 +71,16 @@ def test_named_runs_that_differ_say_in_what(uri: str) -> None:
     assert len(names) == 2
 
 
+def test_what_was_measured_again_is_not_another_seed(uri: str) -> None:
+    for seed, model, value in ((0, "a", 0.1), (0, "a", 0.3), (1, "b", 0.5), (1, "b", 0.5)):
+        params = {"train.seed": seed}
+        _run(uri, "again", "evaluate", params, {"again/recall_at_1": value}, parent_run=model)
+    ids = [row.id for row in list_runs(uri, 4)]
+    for names in (ids, ids[::-1], []):
+        (row,) = next(table for table in compare(uri, names) if table.task == "again").rows
+        assert (row.n, row.values["recall_at_1"].mean) == (2, pytest.approx(0.4))
+
+
 def test_results_of_differently_trained_models_are_not_mixed(uri: str) -> None:
     for seed in (0, 1):
         for share in (0.0, 0.5):

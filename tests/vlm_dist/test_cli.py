@@ -21,7 +21,7 @@ from vlm_dist.cli.context import Context
 from vlm_dist.cli.output import counted, duration, progress
 from vlm_dist.cli.packages import check_owners, check_packages
 from vlm_dist.demo.run import next_commands
-from vlm_dist.errors import ConfigError, StoreError
+from vlm_dist.errors import ConfigError, StoreError, TaskDataError
 
 COMMON = ["--set", "--workspace"]
 # What scripts may rely on. Whoever changes a line here changes a promise.
@@ -154,6 +154,12 @@ def _as_command(monkeypatch: pytest.MonkeyPatch, body: Any) -> None:
         (StoreError("shard 3 is damaged"), 1, "error: shard 3 is damaged"),
         (RuntimeError("odd"), 1, "error: unexpected RuntimeError: odd (run with --debug for the traceback)"),
         (
+            TaskDataError("a.json:\n  line 1: odd\n  line 2: 1 s\nexpected: more"),
+            1,
+            "error: a.json: line 1: odd; line 2: 1 s; expected: more",
+        ),
+        (PermissionError(13, "Permission denied", "/x/y"), 1, "error: /x/y: Permission denied"),
+        (
             KeyboardInterrupt(),
             130,
             "error: interrupted; what was finished is kept, and the same command goes on from there",
@@ -191,6 +197,73 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(
     assert main(["trial"]) == 130
     assert left == ["tidied"]
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_or_read_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin" / "vlm-dist.toml").write_bytes('store = "Café"'.encode("latin-1"))
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / ".vlm-dist").touch()
+    for line, said in (
+        (["init", str(tmp_path / "file" / "x")], "Not a directory"),
+        (["init", "/proc/x"], "no workspace can be made at /proc/x"),
+        (["config", "show", "--workspace", str(tmp_path / "latin")], "no UTF-8 text"),
+        (["jobs", "list", "--workspace", str(tmp_path / "closed")], "cannot be written"),
+        (["evaluate", "youcook2", "--workspace", str(tmp_path)], "unknown task 'youcook2'"),
+    ):
+        assert main(line) == 2, line
+        shown = capsys.readouterr().err
+        assert said in shown
+        assert "unexpected" not in shown
+        assert shown.count("\n") == 1
+
+
+CHATTY = """
+import sys, types
+from pathlib import Path
+from vlm_dist.cli import app
+def run():
+    for word in ("a", "b"):
+        print(word * 9000, flush=True)
+        print(word, file=sys.stderr, flush=True)
+    app.print_warning("seen by nobody")
+    Path(sys.argv[1]).touch()
+sys.modules["trial"] = types.SimpleNamespace(run=run)
+app.COMMANDS["doctor"] = app.Entry("trial:run", "", "")
+sys.exit(app.main(["doctor"]))
+"""
+
+
+def test_a_reader_that_leaves_does_not_end_the_work(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CHATTY, str(tmp_path / "done")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as chatty:
+        assert chatty.stdout is not None
+        chatty.stdout.close()
+    assert chatty.returncode == 0
+    assert (tmp_path / "done").exists()
+
+
+INTERRUPTED = """
+import sys
+from vlm_dist.__main__ import main
+class Once:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Once())
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_while_the_program_is_being_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.startswith("error: interrupted;")
+    assert "Traceback" not in done.stderr
 
 
 def test_store_commands_pass_on_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

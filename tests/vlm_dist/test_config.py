@@ -55,6 +55,14 @@ def test_texts_of_a_shell_become_typed_values(tmp_path: Path) -> None:
     assert resolved.settings.data["msrvtt-qa"].data.endswith('a"b')
 
 
+def test_a_list_may_be_quoted_as_in_the_file(tmp_path: Path) -> None:
+    written = f"""["{tmp_path}/a.lst", '{tmp_path}/b.lst', {tmp_path}/c's.lst]"""
+    paths = tuple(f"{tmp_path}/{name}.lst" for name in ("a", "b", "c's"))
+    assert load_settings(tmp_path, [f"split.exclude={written}"], env={}).settings.split.exclude == paths
+    env = {"VLM_DIST_SPLIT__EXCLUDE": written}
+    assert load_settings(tmp_path, env=env).settings.split.exclude == paths
+
+
 def test_environment_reaches_a_task_with_a_dash(tmp_path: Path) -> None:
     resolved = load_settings(tmp_path, env={"VLM_DIST_DATA__MSRVTT_QA__STORE": str(tmp_path)})
     assert resolved.settings.data["msrvtt-qa"].store == str(tmp_path)

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from vlm_dist import __version__
-from vlm_dist.cli.output import print_error, print_warning
+from vlm_dist.cli.output import outlive_readers, print_error, print_interrupted, print_warning
 from vlm_dist.cli.packages import check_packages
 from vlm_dist.errors import VlmDistError
 
@@ -79,7 +79,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise typer.Exit(_interrupted()) from None
+            raise typer.Exit(print_interrupted()) from None
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         code = app(arguments, prog_name="vlm-dist", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        return _interrupted()
+        return print_interrupted()
     except typer.Abort:
         print_error("aborted")
     except _UsageError as error:
@@ -130,6 +130,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, VlmDistError):
             print_error(str(error))
             return error.exit_code
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            print_error(f"{os.fsdecode(error.filename)}: {error.strerror}")
+            return 1
         hint = "" if debug else " (run with --debug for the traceback)"
         print_error(f"unexpected {type(error).__name__}: {str(error).strip() or 'no message'}{hint}")
     return 1
@@ -142,11 +145,6 @@ def _wrong_usage(error: Any) -> int:
     where = error.ctx.command_path if error.ctx else "vlm-dist"
     print_error(f"{error.format_message()} (`{where} --help` shows what there is)")
     return error.exit_code
-
-
-def _interrupted() -> int:
-    print_error("interrupted; what was finished is kept, and the same command goes on from there")
-    return 130
 
 
 class _Warnings(logging.Handler):
@@ -165,4 +163,5 @@ def _prepare_process() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
+    outlive_readers()
     logging.getLogger("vlm_dist").handlers = [_Warnings(logging.WARNING)]

@@ -54,7 +54,9 @@ def evaluate(
 def run_evaluate(context: Context, task: str, source: str | None = None, *, zero_shot: bool = False) -> dict[str, Any]:
     """Evaluate as a tracked run; returns metrics and where the files are."""
     from feature_store.reader import FeatureReader
+    from vlm_dist.tasks.registry import make_task
 
+    make_task(task)  # an unknown name is refused before annotations are asked for
     data, store = task_data(context, task), task_store(context, task)
     fingerprint = FeatureReader(store).index.fingerprint
     kind, of = ("pretrain", "") if zero_shot else ("finetune", task)

@@ -30,7 +30,7 @@ from vlm_dist.cli.options import (
     Workspace,
 )
 from vlm_dist.cli.output import duration, print_json, prose_on_stderr
-from vlm_dist.cli.workers import resolve_workers, worker_tags
+from vlm_dist.cli.workers import asked_workers, check_workers, resolve_workers, worker_tags
 
 
 def finetune(
@@ -82,8 +82,8 @@ def run_finetune(
     from vlm_dist.train.run_folder import RunFolder
 
     settings = context.settings
-    options = settings.data.get(task)
-    options = make_task(task, options).options
+    made = make_task(task, settings.data.get(task))
+    options = made.options
     data, store = task_data(context, task), task_store(context, task)
     index = FeatureReader(store).index
     fingerprint = index.fingerprint
@@ -102,6 +102,8 @@ def run_finetune(
         metrics = folder.record.get("metrics", {})
         print_metrics(task, metrics)
         return {"run": folder.record.get("run"), "model": str(folder.model), "metrics": metrics}
+    batch = settings.finetune.batch or made.recipe.batch
+    check_workers(asked_workers(nodes, gpus, workers), settings.train.precision, batch, "finetune.batch")
     with folder.locked():
         folder.write(identity=identity, status="unfinished", source=origin.weights)
         model = origin.model(context, store, folder.path / "init")
@@ -110,6 +112,7 @@ def run_finetune(
                           out=str(folder.path), train=settings.train, finetune=settings.finetune)  # fmt: skip
         with ray_session(settings.cluster) as machines:
             ranks = resolve_workers(machines, nodes, gpus, workers)
+            check_workers(ranks, settings.train.precision, batch, "finetune.batch")
             tags |= worker_tags(nodes, ranks) | {"vlm_dist.run_folder": str(folder.path)}
             with context.tracked("finetune", task=task, tags=tags, resume=folder.record.get("run")) as tracker:
                 folder.write(run=tracker.run_id)

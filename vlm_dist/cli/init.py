@@ -25,7 +25,10 @@ def init(
     path = folder / FILE
     if path.exists():
         raise ConfigError(f"{path} is there already and was left as it is; edit it, or give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(template(), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(template(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"no workspace can be made at {folder}: {error.strerror}; give another folder") from None
     print(f"Wrote {path}. Put your videos, captions and S3D weights into it, or give them as flags.")
     print("Next: `vlm-dist doctor`, then `vlm-dist extract VIDEOS --captions captions.json`.")

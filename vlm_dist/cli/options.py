@@ -30,8 +30,10 @@ Annotations = Annotated[
     Path | None, typer.Option("--data", help="Annotations (default: data.TASK.data of the settings).")
 ]
 TaskStore = Annotated[Path | None, typer.Option("--store", help="Feature store of the annotated videos.")]
-Nodes = Annotated[int, typer.Option("--nodes", help="Machines of the Ray cluster.")]
-Gpus = Annotated[int | None, typer.Option("--gpus", help="GPUs of each machine; 0 trains on CPUs (default: all).")]
+Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Machines of the Ray cluster.")]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", min=0, help="GPUs of each machine; 0 trains on CPUs (default: all).")
+]
 CpuWorkers = Annotated[int, typer.Option("--workers", min=1, help="CPU workers when there are no GPUs.")]
 New = Annotated[bool, typer.Option("--new", help="Train again, although this very run exists.")]
 

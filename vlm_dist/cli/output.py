@@ -1,6 +1,8 @@
 """What commands print: results on stdout (tables or JSON), errors and progress on stderr."""
 
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -15,6 +17,12 @@ def print_error(message: str) -> None:
     _styled(f"error: {message}", "bold red")
 
 
+def print_interrupted() -> int:
+    """What ends a command at Ctrl-C; returns its exit code."""
+    print_error("interrupted; what was finished is kept, and the same command goes on from there")
+    return 130
+
+
 def print_warning(message: str) -> None:
     """One yellow line on stderr."""
     _styled(f"warning: {message}", "yellow")
@@ -23,6 +31,36 @@ def print_warning(message: str) -> None:
 def print_status(message: str) -> None:
     """One plain line on stderr before something that takes long and shows no progress."""
     _styled(message, "")
+
+
+def outlive_readers() -> None:
+    """Let stdout and stderr go nowhere from the moment that their reader leaves: `| head` must not fail a run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # Not where a caller has put something else in its place, which belongs to nobody's pipe.
+        if stream is not None and stream is getattr(sys, f"__{name}__"):
+            raw = _Pipe(stream.fileno(), "w", closefd=False)
+            text = io.TextIOWrapper(
+                io.BufferedWriter(raw),
+                stream.encoding,
+                stream.errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, text)
+
+
+class _Pipe(io.FileIO):
+    """A descriptor that becomes /dev/null when nobody reads it any more (for the libraries below Python too)."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return memoryview(data).nbytes
 
 
 def print_json(value: Any) -> None:
@@ -148,7 +186,9 @@ def _styled(line: str, style: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    one_line = " ".join(part.strip() for part in line.splitlines())
+    parts = [part.strip() for part in line.splitlines() if part.strip()]
+    ends = ["" if part.endswith((":", ";", ",", ".")) else ";" for part in parts[:-1]]
+    one_line = " ".join(part + end for part, end in zip(parts, [*ends, ""], strict=True))
     Console(stderr=True, highlight=False).print(Text(one_line, style=style), soft_wrap=True)
 
 

@@ -11,7 +11,7 @@ from vlm_dist.cli.evaluate import summary_note
 from vlm_dist.cli.models import check_origin, find_origin, make_model
 from vlm_dist.cli.options import HERE, CpuWorkers, Gpus, Json, New, Nodes, Overrides, Workspace
 from vlm_dist.cli.output import duration, print_json, print_table, print_warning, prose_on_stderr
-from vlm_dist.cli.workers import resolve_workers, worker_tags
+from vlm_dist.cli.workers import asked_workers, check_workers, resolve_workers, worker_tags
 from vlm_dist.errors import StoreError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def run_pretrain(
     from cluster.ray_local import ray_session
     from feature_store.reader import FeatureReader
     from jobs.runs import extract_run
+    from vlm_dist.data.sampler import GlobalOrder
     from vlm_dist.model.checkpoint import is_exported
     from vlm_dist.train.pretrain import PretrainJob
     from vlm_dist.train.ray_trainer import run_training
@@ -84,6 +85,9 @@ def run_pretrain(
             "model": str(folder.model),
             "metrics": folder.record.get("metrics", {}),
         }
+    batch = settings.train.global_batch
+    GlobalOrder(split.train, settings.train.seed, batch, settings.clips.clips_per_video)  # refuses what cannot be
+    check_workers(asked_workers(nodes, gpus, workers), settings.train.precision, batch, "train.global_batch")
     with folder.locked():
         _write_split(split, folder.path / "split.npz")
         if not is_exported(folder.path / "init"):  # made once: what does not fit is said before a cluster is asked for
@@ -96,6 +100,7 @@ def run_pretrain(
         )  # fmt: skip
         with ray_session(settings.cluster) as machines:
             ranks = resolve_workers(machines, nodes, gpus, workers)
+            check_workers(ranks, settings.train.precision, batch, "train.global_batch")
             tags = {"vlm_dist.store_fingerprint": index.fingerprint, "vlm_dist.run_folder": str(folder.path)}
             tags |= {"vlm_dist.split_digest": identity["videos"]} | origin.tags | worker_tags(nodes, ranks)
             with context.tracked("pretrain", tags=tags, resume=folder.record.get("run")) as tracker:
@@ -110,7 +115,7 @@ def run_pretrain(
                 tracker.metrics(metrics, outcome.step)
                 tracker.note(summary_note(f"pre-trained {outcome.step} steps from {origin.weights}", metrics))
         folder.write(status="finished", metrics=metrics, outcome=asdict(outcome))
-    spent = f"{duration(outcome.train_seconds)} on {ranks.count} workers"
+    spent = f"{duration(outcome.train_seconds)} on {ranks.count} worker{'s' * (ranks.count != 1)}"
     print(f"Pre-trained {outcome.step} steps in {spent}: {outcome.model}")
     return {"run": tracker.run_id, "model": outcome.model, "metrics": metrics, "resumed_from": outcome.resumed_from}
 

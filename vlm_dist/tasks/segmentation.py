@@ -251,11 +251,15 @@ class SegmentationTask(Task):
                     merged = None
 
     def metrics(self, predictions: Predictions) -> dict[str, float]:
-        """See `metrics.segmentation`; `chance_…` is a class drawn evenly, of all and of the steps that have a name."""
+        """See `metrics.segmentation`; `chance_…` is a label drawn evenly, with and without the background.
+
+        Labels that the annotations do not hold count in neither: the model has no reason to choose them.
+        """
         arrays, info = predictions.arrays, predictions.info
+        labels = len(info["class_names"])
         values = segmentation_metrics(arrays["predicted"], arrays["truth"], info["constant"]) | {
-            "chance_frame_accuracy": 1 / info["num_classes"],
-            "chance_frame_accuracy_no_background": 1 / max(1, len(info["class_names"])),
+            "chance_frame_accuracy": 1 / (labels + 1),
+            "chance_frame_accuracy_no_background": 1 / max(1, labels),
             "videos": float(len(info["video_ids"])),
             "seconds": float(len(arrays["truth"])),
         }

@@ -256,6 +256,7 @@ def test_zero_shot_scores_seconds_against_label_texts(steps: tuple[FeatureReader
         np.testing.assert_allclose(model.logits(video)[0, :, label], hidden @ pooled[0], atol=1e-4)
     metrics = task.metrics(predictions)
     assert metrics["coin/chance_frame_accuracy_no_background"] == pytest.approx(1 / 4)
+    assert metrics["coin/chance_frame_accuracy"] == pytest.approx(1 / 5), "the same labels, and the background"
     assert metrics["coin/frame_accuracy"] <= 1 - metrics["coin/background_share"]
 
 
