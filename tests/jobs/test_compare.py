@@ -73,7 +73,7 @@ def test_named_runs_that_differ_say_in_what(uri: str) -> None:
 
 def test_what_was_measured_again_is_not_another_seed(uri: str) -> None:
     for seed, model, value in ((0, "a", 0.1), (0, "a", 0.3), (1, "b", 0.5), (1, "b", 0.5)):
-        params = {"train.seed": seed}
+        params: dict[str, object] = {"train.seed": seed}
         _run(uri, "again", "evaluate", params, {"again/recall_at_1": value}, parent_run=model)
     ids = [row.id for row in list_runs(uri, 4)]
     for names in (ids, ids[::-1], []):

@@ -259,6 +259,17 @@ sys.exit(main())
 """
 
 
+def test_ctrl_c_while_the_line_is_being_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program._Commands, "parse_args", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err.startswith("error: interrupted;")
+
+
 def test_ctrl_c_while_the_program_is_being_loaded() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
     assert done.returncode == 130

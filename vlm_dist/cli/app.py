@@ -4,12 +4,14 @@ To add a command, write `vlm_dist/cli/NAME.py` with one function (Typer reads it
 `typer.Typer`, and add a line to `COMMANDS`. A module is imported when its command is called: `--help` stays quick.
 """
 
+import contextlib
 import importlib
 import logging
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Generator
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -75,11 +77,22 @@ class _Commands(TyperGroup):
         super().__init__(**attributes)
         self.commands = {name: _LazyCommand(name, entry) for name, entry in COMMANDS.items()}
 
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _interruptible():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _interruptible():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise typer.Exit(print_interrupted()) from None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Generator[None]:
+    """Our line and exit code at Ctrl-C: Typer would end without a word."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(print_interrupted()) from None
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
