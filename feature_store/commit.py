@@ -142,7 +142,22 @@ def void(meta: StoreMeta, shard: int) -> None:
     aside = f"{VOIDED}/{shard:06d}.{number}"
     storage.move(shard_key(shard), f"{aside}.shard")  # first: a record without data is voided again
     storage.replace(f"{aside}.json", storage.read(key))
-    storage.replace(key, seal({"shard": shard, "attempt": "voided", "size": 0, "crc32c": 0, "rows": 0, "videos": []}))
+    for staged, attempt, name in list(staged_attempts(meta)):  # committed and not published yet, perhaps
+        if staged == shard:
+            storage.move(f"{SCRATCH}/{name}/shard", f"{aside}.{attempt}.shard")
+    storage.replace(key, _empty_record(shard))
+
+
+def void_orphan(meta: StoreMeta, key: str) -> None:
+    """Takes out a shard whose commit record is lost; its number is never used again either."""
+    number = key.split("/")[2]
+    meta.storage.move(key, f"{VOIDED}/orphan-{number}.{len(meta.storage.names(VOIDED))}.shard")
+    if number.isdigit():
+        meta.storage.create(commit_key(int(number)), _empty_record(int(number)))
+
+
+def _empty_record(shard: int) -> bytes:
+    return seal({"shard": shard, "attempt": "voided", "size": 0, "crc32c": 0, "rows": 0, "videos": []})
 
 
 def staged_attempts(meta: StoreMeta) -> Iterator[tuple[int, str, str]]:

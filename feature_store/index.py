@@ -125,12 +125,7 @@ class StoreIndex:
 
         About 100 bytes a video are read; the columns over clips and tokens are compared a video at a time.
         """
-        for name in _CHECKED_AT_ONCE:
-            if not check_column(self.folder, name, self.details["arrays"][name]):
-                raise StoreError(
-                    f"index array {name} in {self.folder} is damaged (crc32c differs); "
-                    "run `vlm-dist store verify --deep --repair` on the store"
-                )
+        self._require_sound("", {name: self.details["arrays"][name] for name in _CHECKED_AT_ONCE})
 
     def check_captions(self, video: int) -> VideoCaptions:
         """Captions of a video whose checksum is compared; StoreError names the video where it differs."""
@@ -174,8 +169,28 @@ class StoreIndex:
     def _marked(self, folder: str, arrays: dict[str, ArrayInfo]) -> list[bytes]:
         if not arrays:
             return []
+        self._require_sound(folder, arrays)
         raw, ptr = (open_column(self.folder / folder, name, arrays[name]) for name in ("video_id", "video_id_ptr"))
         return unpack_ids(raw, ptr)
+
+    def check_all(self) -> None:
+        """Compares every column with its checksum, as it must be before anything is copied into another snapshot.
+
+        Raises:
+            StoreError: names the first that differs.
+        """
+        marks = {f"splits/{name}": arrays for name, arrays in self.details["splits"].items()}
+        parts = {"": self.details["arrays"], "pending": self.details["pending"], "deleted": self.details["deleted"]}
+        for folder, arrays in (parts | marks).items():
+            self._require_sound(folder, arrays)
+
+    def _require_sound(self, folder: str, arrays: dict[str, ArrayInfo]) -> None:
+        for name, info in arrays.items():
+            if not check_column(self.folder / folder, name, info):
+                raise StoreError(
+                    f"index array {name} in {self.folder / folder} is damaged (crc32c differs); "
+                    "run `vlm-dist store verify --deep --repair` on the store"
+                )
 
     def _id_bytes(self, video: int) -> bytes:
         return self._ids[self._id_ptr[video] : self._id_ptr[video + 1]].tobytes()

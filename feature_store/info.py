@@ -36,7 +36,7 @@ def store_info(root: Root) -> dict[str, Any]:
             "planned": len(planned | ok),
             "ok": len(ok - deleted),
             "failed": len(failed),
-            "open": len(planned - ok - failed.keys()),
+            "open": len(planned - ok - failed.keys() - deleted),
             "deleted": len(deleted),
         },
         "coverage": len(ok) / max(1, len(planned | ok)),

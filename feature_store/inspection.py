@@ -22,7 +22,7 @@ from feature_store.shard import bad_chunks, shard_bytes
 from feature_store.snapshot import row_milliseconds, snapshot_names
 from feature_store.storage import fetched
 from feature_store.tokenizer import load_tokenizer
-from vlm_dist.errors import VlmDistError
+from vlm_dist.errors import StoreUnreachableError, VlmDistError
 
 Kind = Literal["metadata", "plan", "commit", "shard", "chunk", "video", "index", "captions", "stray"]
 
@@ -40,15 +40,18 @@ class Problem(BaseModel):
 class Inspection:
     """One pass over a store; changes nothing. Beside `problems` it remembers what a repair has to take out."""
 
-    def __init__(self, meta: StoreMeta, deep: bool) -> None:
+    def __init__(self, meta: StoreMeta, deep: bool, fresh: bool) -> None:
         self.meta = meta
         self.deep = deep
+        self.fresh = fresh  # judge the store itself, not what this node keeps of it
+        self.planned: dict[int, set[str]] = {}
         self.problems: list[Problem] = []
         self.bytes_checked = 0
         self.bad_segments: list[int] = []
         self.bad_shards: list[int] = []
         self.bad_snapshots: list[str] = []
         self.lost: set[str] = set()  # ids of the bad shards
+        self.deleted: set[str] = set()  # ids that the current snapshot leaves out on purpose
         self.orphans: list[str] = []  # keys
         self.published: dict[str, int] = {}  # bytes of every published shard, by key
         self.ids: dict[int, list[str]] = {}  # of each good commit
@@ -58,7 +61,7 @@ class Inspection:
         """Looks at everything."""
         # Before the records: what an extraction at work publishes meanwhile is no stray.
         self.published = self.meta.storage.sizes("features/c")
-        planned = self._plan()
+        self.planned = planned = self._plan()
         for shard in committed_shards(self.meta):
             before = len(self.problems)
             self._commit(shard, planned)
@@ -81,6 +84,8 @@ class Inspection:
         for number in segment_numbers(self.meta):
             try:
                 segment = read_segment(self.meta, number)
+            except StoreUnreachableError:
+                raise
             except VlmDistError as error:
                 self.bad_segments.append(number)
                 self._report("plan", f"plan segment {number}", error)
@@ -98,6 +103,8 @@ class Inspection:
     def _commit(self, shard: int, planned: dict[int, set[str]]) -> None:
         try:
             commit = read_commit(self.meta, shard)
+        except StoreUnreachableError:
+            raise
         except VlmDistError as error:
             self._report("commit", self.meta.place(commit_key(shard)), error)
             return
@@ -143,6 +150,8 @@ class Inspection:
         before = len(self.problems)
         try:
             bad = list(bad_chunks(self.meta, path))
+        except StoreUnreachableError:
+            raise
         except VlmDistError as error:
             self._report("shard", where, error)
             return
@@ -163,7 +172,9 @@ class Inspection:
         committed = {shard_key(shard) for shard in committed_shards(self.meta)}
         for key in sorted(self.published.keys() - committed):
             self.orphans.append(key)
-            self._report("stray", self.meta.place(key), "is a shard without a commit record; nobody reads it")
+            number = key.split("/")[2]
+            self.lost.update(self.planned.get(int(number), ()) if number.isdigit() else ())
+            self._report("stray", self.meta.place(key), "is a shard whose commit record is lost")
 
     def _snapshots(self) -> None:
         names = snapshot_names(self.meta)
@@ -171,16 +182,21 @@ class Inspection:
             current = current_snapshot(self.meta)
             if current and current not in names:
                 self._report("index", CURRENT, f"names snapshot {current}, which is not there")
+        except StoreUnreachableError:
+            raise
         except VlmDistError as error:
             self._report("index", CURRENT, error)
             current = names[-1] if names else ""
         for name in names:
             before = len(self.problems)
             try:
-                index = StoreIndex(self.meta.root, name, fresh=self.deep)
+                index = StoreIndex(self.meta.root, name, fresh=self.fresh)
                 self._tables(index)
                 if name == max(names[-1], current):
+                    self.deleted = {key.decode() for key in index.deleted()}
                     self._against_commits(index)
+            except StoreUnreachableError:
+                raise
             except (VlmDistError, KeyError, ValueError, UnicodeDecodeError) as error:
                 self._report("index", f"snapshot {name}", error)
             if any(problem.where.startswith("snapshot") for problem in self.problems[before:]):
@@ -226,6 +242,8 @@ class Inspection:
         for video in range(index.num_videos):
             try:
                 index.check_captions(video)
+            except StoreUnreachableError:
+                raise
             except VlmDistError as error:
                 self._report("captions", f"snapshot {index.name}, video {index.video_id(video)}", error)
 

@@ -59,6 +59,9 @@ class LocalStorage:
         temp = (self.path(guard).parent if guard else self.path(SCRATCH)) / f"{path.name}.{uuid.uuid4().hex}"
         with disk_guard(path, len(data)):
             try:
+                if not guard:
+                    temp.parent.mkdir(exist_ok=True)  # a copy of a store may have lost an empty folder
+                    path.parent.mkdir(exist_ok=True)
                 write_durable(temp, data)
                 os.link(temp, path)
                 fsync_dir(path.parent)
@@ -74,6 +77,7 @@ class LocalStorage:
         with disk_guard(path, len(data)):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                temp.parent.mkdir(exist_ok=True)
                 write_durable(temp, data)
                 temp.replace(path)
                 fsync_dir(path.parent)
@@ -125,6 +129,7 @@ class LocalStorage:
     def scratch(self, name: str) -> Path:
         folder = self.path(SCRATCH) / name
         with disk_guard(folder, 4096):
+            folder.parent.mkdir(exist_ok=True)  # a copy of a store may have lost an empty folder
             folder.mkdir()
         return folder
 

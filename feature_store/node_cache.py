@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from feature_store.files import disk_guard
+from vlm_dist.errors import StoreUnreachableError
 
 VARIABLE = "FEATURE_STORE_CACHE"
 _KEPT_TREES = 4  # newest snapshots of a store; running jobs may hold older ones open
@@ -35,15 +35,14 @@ def keep_tree(final: Path, fill: Callable[[Path], None]) -> None:
     """Lets `fill` fill an empty folder, which then appears as `final`; nothing to do where it is there."""
     if final.is_dir():
         return
-    with _turn(final.name):
+    with _usable(final), _turn(final.name):
         if final.is_dir():  # another process was faster
             return
         staged = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
         try:
-            with disk_guard(final, 0):
-                staged.mkdir(parents=True)
-                fill(staged)
-                staged.rename(final)
+            staged.mkdir(parents=True)
+            fill(staged)
+            staged.rename(final)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     trees = [path for path in final.parent.iterdir() if path.name[0] != "."]
@@ -58,34 +57,32 @@ class ShardCache:
         self.budget = budget
         self.folder = cache_folder() / "shards"
 
-    def open(self, tag: str, size: int, fill: Callable[[Path], None]) -> int:
+    def open(self, tag: str, fill: Callable[[Path], None]) -> int:
         """A descriptor of the file of that tag, filled at first use.
 
         Args:
             tag: names store, shard and content.
-            size: bytes of the file.
             fill: writes a verified file at a path.
         """
         path = self.folder / _digest(tag)
         while True:
             with suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                os.utime(path)
+                os.utime(descriptor)
                 return descriptor
-            self._fill(path, size, fill)
+            self._fill(path, fill)
 
-    def _fill(self, path: Path, size: int, fill: Callable[[Path], None]) -> None:
-        with _turn(path.name):
+    def _fill(self, path: Path, fill: Callable[[Path], None]) -> None:
+        with _usable(path), _turn(path.name):
             if path.exists():
                 return
             temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            with disk_guard(path, size):
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    fill(temp)
-                    temp.replace(path)
-                finally:
-                    temp.unlink(missing_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fill(temp)
+                temp.replace(path)
+            finally:
+                temp.unlink(missing_ok=True)
         self._evict(path)
 
     def _evict(self, newest: Path) -> None:
@@ -101,6 +98,26 @@ class ShardCache:
             if path != newest and path.name[0] != ".":
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+@contextmanager
+def _usable(path: Path) -> Generator[None]:
+    """What goes wrong with the node's own disk is never taken for a damage of the store."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if error.filename is None or not str(error.filename).startswith(str(cache_folder())):
+            raise  # an object of the store that is not there
+        raise _unusable(path, error) from error
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: OSError) -> StoreUnreachableError:
+    return StoreUnreachableError(
+        f"this node's copy {path} of a store cannot be written: {error.strerror or error}. "
+        f"Free some space there, or name another folder with {VARIABLE}"
+    )
 
 
 def _digest(text: str) -> str:

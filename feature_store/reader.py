@@ -104,6 +104,11 @@ class FeatureReader:
 
     def read_many(self, videos: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Features of several videos; the disk is told of all of them before the first is read."""
+        group = max(1, self._max_open // 2)  # its shards stay open until it is read, beside those that are kept
+        parts = (videos[start : start + group] for start in range(0, len(videos), group))
+        return [features for part in parts for features in self._read(part)]
+
+    def _read(self, videos: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         reads = [self._plan(int(video)) for video in videos]
         if len(reads) > 1:
             for read in reads:
@@ -127,6 +132,8 @@ class FeatureReader:
     def _plan(self, video: int) -> _Read:
         if self._reads == 0 and self._check != "off":
             self.index.check_columns()
+        if not 0 <= video < self.index.num_videos:
+            raise IndexError(f"there is no video {video}: the snapshot has {self.index.num_videos} (`find` gives -1)")
         n, first = int(self.index.n_rows[video]), int(self.index.row[video])
         if first + n > self.meta.rows_per_shard:
             raise StoreError(f"the index in {self.index.folder} is damaged: {self._name(video)} has rows {first} + {n}")

@@ -23,7 +23,7 @@ from obstore.store import S3Store
 
 from feature_store.files import crc32c, file_crc32c, seal, unseal
 from feature_store.node_cache import keep_tree, tree_folder
-from vlm_dist.errors import ConfigError, StoreError
+from vlm_dist.errors import ConfigError, StoreError, StoreUnreachableError
 
 LOCATION = "LOCATION"  # in a published folder: where its objects are, and their checksums
 _AT_ONCE = 16  # requests in flight, and objects read ahead
@@ -201,8 +201,8 @@ class S3Storage:
         except (AlreadyExistsError, PreconditionError):
             raise
         except BaseError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise StoreError(
+            reason = " ".join(str(error).split())[:300]
+            raise StoreUnreachableError(
                 f"{self._address}/{key} cannot be reached: {reason}. The environment says how: AWS_ACCESS_KEY_ID, "
                 "AWS_SECRET_ACCESS_KEY, AWS_REGION, and AWS_ENDPOINT_URL (with AWS_ALLOW_HTTP=true for http)"
             ) from error

@@ -54,10 +54,10 @@ def open_shard(meta: StoreMeta, shard: int, cache: ShardCache | None, mapped: bo
         if path is not None:
             kind = MappedShard if mapped else FileShard
             return kind(meta, where, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        raw, size, tag = meta.storage.read_end(key, index_bytes(meta))
+        raw, _, tag = meta.storage.read_end(key, index_bytes(meta))
         if cache is None:
             return RangedShard(meta, where, raw)
-        return FileShard(meta, where, cache.open(f"{where}#{tag}", size, lambda path: _fetch(meta, key, path)))
+        return FileShard(meta, where, cache.open(f"{where}#{tag}", lambda path: _fetch(meta, key, path)))
     except FileNotFoundError:
         raise StoreError(f"shard {shard}: {where} is missing. {REPAIR}") from None
 

@@ -62,6 +62,8 @@ def update_snapshot(meta: StoreMeta, build: Callable[[StoreIndex | None], Draft 
         draft = build(parent)
         if draft is None:
             return newest
+        if parent:
+            parent.check_all()  # what is copied gets new checksums: damage would be sealed with them
         staged = meta.storage.scratch(scratch_name("snapshot"))
         try:
             with disk_guard(staged, _size(draft)):

@@ -2,11 +2,11 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from feature_store.commit import committed_shards, roll_all_forward, void
+from feature_store.commit import committed_shards, roll_all_forward, void, void_orphan
 from feature_store.files import SCRATCH
 from feature_store.index import StoreIndex
 from feature_store.inspection import Inspection, Problem
-from feature_store.layout import VOIDED, open_store, set_shard_count
+from feature_store.layout import open_store, set_shard_count
 from feature_store.plan import planned_shards
 from feature_store.plan_repair import rebuild_segments
 from feature_store.snapshot import finalise, snapshot_names, void_snapshot
@@ -37,12 +37,12 @@ def verify_store(root: Root, deep: bool = False, repair: bool = False) -> Verify
     Raises:
         StoreError: there is no store, or its zarr.json itself is damaged.
     """
-    inspection = Inspection(open_store(root), deep)
+    inspection = Inspection(open_store(root), deep, fresh=deep or repair)
     inspection.run()
-    lost = sorted(inspection.lost)
+    lost = sorted(inspection.lost - inspection.deleted)
     repaired = repair_store(inspection) if repair else []
     if repair:
-        inspection = Inspection(inspection.meta, deep)
+        inspection = Inspection(inspection.meta, deep, fresh=True)
         inspection.run()
     return VerifyReport(
         problems=inspection.problems,
@@ -68,8 +68,8 @@ def repair_store(inspection: Inspection) -> list[str]:
         void(meta, shard)
         done.append(f"voided shard {shard}: extract again to make its videos anew")
     for key in inspection.orphans:
-        meta.storage.move(key, f"{VOIDED}/orphan-{key.split('/')[2]}.{len(meta.storage.names(VOIDED))}.shard")
-        done.append(f"took out {meta.place(key)}, which no commit record names")
+        void_orphan(meta, key)
+        done.append(f"took out {meta.place(key)}, which no commit record names: extract again to make its videos anew")
     for name in inspection.bad_snapshots:
         void_snapshot(meta, name)
         done.append(f"took out damaged snapshot {name}")

@@ -17,6 +17,10 @@ class StoreError(VlmDistError, ValueError):
     """A feature store that is absent, damaged, of another schema, or of another extractor."""
 
 
+class StoreUnreachableError(StoreError):
+    """A store's place, or this node's copy of it, that cannot be read now: says nothing of the store's own state."""
+
+
 class ExtractionError(VlmDistError, ValueError):
     """A video or an encoder that cannot give features; `reason` is a short stable code for tables."""
 

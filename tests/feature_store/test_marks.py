@@ -159,3 +159,48 @@ def test_a_picture_of_the_store(marked: str, tmp_path: Path) -> None:
     assert (tmp_path / "store.png").read_bytes()[:4] == b"\x89PNG"
     plot_store(make_store(tmp_path / "empty", {}), tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 5000
+
+
+def test_damage_is_never_sealed_into_a_new_snapshot(tmp_path: Path, corpus: Corpus) -> None:
+    """What is copied from one snapshot into the next gets new checksums there: it must be sound."""
+    store = make_store(tmp_path / "store", corpus)
+    told = {i: {"start": [1.0], "end": [4.0], "text": [f"the words of {i}"]} for i in corpus}
+    (tmp_path / "captions.json").write_text(json.dumps(told))
+    write_captions(store, tmp_path / "captions.json", CaptionConfig(tokenizer="wordpiece:100"))
+    delete_videos(store, ["v5"])
+    folder = store / "index" / StoreIndex(store).name
+    for column in ("text", "tokens", "clip_end_ms", "deleted/video_id"):
+        flip_bit(folder / column / "c" / "0", 1)
+        with pytest.raises(StoreError, match=rf"{column.rpartition('/')[2]} in .* is damaged"):
+            name_split(store, "train", ["v1"])
+        flip_bit(folder / column / "c" / "0", 1)
+    name_split(store, "train", ["v1"])
+    assert not verify_store(store, deep=True).problems
+
+
+def test_a_deleted_video_is_not_asked_for_again(tmp_path: Path, corpus: Corpus) -> None:
+    store = make_store(tmp_path / "store", corpus)
+    delete_videos(store, ["v0"])
+    shard = int(FeatureReader(store, snapshot="000001").index.shard[0])
+    (store / f"features/c/{shard}/0").unlink()
+    report = verify_store(store, repair=True)
+    assert not report.problems
+    assert "v0" not in report.to_extract
+    videos = store_info(store)["videos"]
+    assert videos["planned"] == videos["ok"] + videos["failed"] + videos["open"] + videos["deleted"]
+
+
+def test_a_lost_record_gives_its_number_to_nobody(tmp_path: Path, corpus: Corpus) -> None:
+    """A reader of an older snapshot must find nothing, never the rows of what was made later."""
+    store = make_store(tmp_path / "store", corpus)
+    old = FeatureReader(store, "off")
+    shard = int(old.index.shard[0])
+    (store / f"_commits/{shard:06d}.json").unlink()
+    report = verify_store(store, deep=True, repair=True)
+    assert not report.problems
+    assert old.index.video_id(0) in report.to_extract
+    write_shards(store, {**corpus, "v0": features("v0", 3, salt=9)})
+    finalise(store)
+    with pytest.raises(StoreError, match="is missing"):
+        old.read(0)
+    assert not verify_store(store, deep=True).problems

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feature_store.index import StoreIndex
+from feature_store.marks import delete_videos
 from feature_store.reader import FeatureReader
 from feature_store.shard_source import FileShard, MappedShard, open_shard
 from feature_store.snapshot import finalise
@@ -190,3 +192,18 @@ def test_any_corpus_comes_back(
     assert reader.index.num_videos == len(expected)
     for video_id, rows in expected.items():
         assert np.array_equal(reader.read(reader.index.find(video_id)), rows)
+
+
+def test_a_number_that_is_no_video(store: Path) -> None:
+    reader = FeatureReader(store, "always")
+    for number in (reader.index.find("nobody"), reader.index.num_videos):
+        with pytest.raises(IndexError, match="there is no video"):
+            reader.read(number)
+
+
+def test_a_store_whose_empty_folders_were_lost(store: Path, corpus: Corpus) -> None:
+    """Copies by object stores and version control keep no empty folder."""
+    for folder in ("_staging", "_voided"):
+        shutil.rmtree(store / folder)
+    assert delete_videos(store, ["video-003"]).changed == 1
+    assert FeatureReader(store, "always").index.num_videos == 29

@@ -28,7 +28,7 @@ from feature_store.storage import open_storage
 from feature_store.verify import verify_store
 from feature_store.writer import ShardAttempt
 from tests.feature_store.store_tools import add_video, features, make_store, provenance, write_shards
-from vlm_dist.errors import StoreError
+from vlm_dist.errors import StoreError, StoreUnreachableError
 
 Corpus = dict[str, np.ndarray | None]
 
@@ -225,3 +225,23 @@ def test_processes_of_a_node_share_what_it_keeps(remote: str, corpus: Corpus, tm
         process.join()
     kept = list((tmp_path / "node-cache" / "shards").iterdir())
     assert len(kept) == len(open_storage(remote).sizes("features/c"))
+
+
+def test_what_is_wrong_with_a_node_is_no_damage_of_the_store(
+    remote: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repair judges the bucket: neither a damaged copy on this node nor a cache that cannot be written voids it."""
+    name = StoreIndex(remote).name
+    (copy,) = (tmp_path / "node-cache").glob("trees/*/*/row/c/0")
+    copy.write_bytes(copy.read_bytes()[:-3])
+    with pytest.raises(StoreError, match="index array"):
+        StoreIndex(remote)
+    report = verify_store(remote, repair=True)
+    assert (report.problems, report.repaired) == ([], [])
+    assert same(everything(FeatureReader(remote, "always")), corpus)
+    monkeypatch.setenv("FEATURE_STORE_CACHE", "/proc/nothing")
+    for act in (StoreIndex, verify_store, lambda root: verify_store(root, repair=True)):
+        with pytest.raises(StoreUnreachableError, match=r"this node's copy .*FEATURE_STORE_CACHE"):
+            act(remote)
+    monkeypatch.setenv("FEATURE_STORE_CACHE", str(tmp_path / "node-cache"))
+    assert StoreIndex(remote).name == name

@@ -201,7 +201,7 @@ def test_the_node_keeps_shards_within_its_budget(tmp_path: Path, monkeypatch: py
             filled.append(tag)
             path.write_bytes(tag.encode() * 1000)
 
-        descriptor = cache.open(tag, 1000, fill)
+        descriptor = cache.open(tag, fill)
         try:
             return os.pread(descriptor, 2000, 0)
         finally:
@@ -230,5 +230,5 @@ def test_a_fill_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         raise StoreError("damaged")
 
     with pytest.raises(StoreError, match="damaged"):
-        cache.open("a", 1000, fill)
+        cache.open("a", fill)
     assert list(cache.folder.iterdir()) == []

@@ -78,7 +78,7 @@ def verify(
     """Check a store; exit code 1 when anything is wrong.
 
     Without --deep the structure is checked, which takes seconds; --deep reads all features and names each damaged
-    video, shard and chunk.
+    video, shard and chunk. Use --repair only while nobody writes to the store: it removes what is unfinished.
 
     \b
     Examples:
