@@ -281,5 +281,6 @@ def test_one_file_without_a_store(
     rows = np.load(tmp_path / "my video.npy")
     assert rows.shape == (result["rows"], 512)
     assert np.linalg.norm(rows.astype(np.float32), axis=1) == pytest.approx(1, abs=2e-3)
+    (tmp_path / "my video.npy").unlink()
     workspace.type("extract", "my video.mp4", "--npy", code=2)
     assert "s3d_howto100m.pth" in workspace.errors

@@ -65,8 +65,9 @@ def test_two_commands_share_a_server_and_a_killed_one_leaves_nothing(tmp_path: P
     assert list((state / "leases").iterdir()) == []
 
 
-@pytest.mark.parametrize(("hits", "code"), [(1, 0), (2, 130)])
-def test_the_ui_command_ends_its_server(tmp_path: Path, hits: int, code: int) -> None:
+# A second hit may come while the server is being stopped (130) or when that is over.
+@pytest.mark.parametrize(("hits", "codes"), [(1, (0,)), (2, (0, 130, -signal.SIGINT))])
+def test_the_ui_command_ends_its_server(tmp_path: Path, hits: int, codes: tuple[int, ...]) -> None:
     command = [sys.executable, "-P", "-m", "vlm_dist", "ui", "--workspace", str(tmp_path)]
     ui = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert ui.stdout is not None
@@ -79,7 +80,7 @@ def test_the_ui_command_ends_its_server(tmp_path: Path, hits: int, code: int) ->
         time.sleep(0.02)
         ui.send_signal(signal.SIGINT)
     ui.communicate()
-    assert ui.returncode == code
+    assert ui.returncode in codes
     assert group_members(server) == []
 
 
