@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast
 
+from feature_store.caption_parquet import iter_parquet
 from feature_store.pickles import SUFFIXES, PickledArray, as_text, load_pickle, require_allowed
 from feature_store.tokenizer import Tokenizer
 from vlm_dist.errors import ConfigError, StoreError
@@ -19,9 +20,11 @@ _SLACK = 32  # an error this far before the end of what was read is not for lack
 FORMS = (
     'raw_caption.json {"ID": {"start": [s], "end": [s], "text": ["..."]}}, '
     'JSONL lines {"video_id": "ID", "start": [s], "end": [s], "text": ["..."]}, '
-    "CSV with the columns video_id,start,end,text, or a pickled {ID: as in raw_caption.json, or that as a JSON string}"
+    "CSV or Parquet with the columns video_id, start, end, text (Parquet also as `store export` writes it), "
+    "or a pickled {ID: as in raw_caption.json, or that as a JSON string}"
 )
 _TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv")
+_PARQUET = ".parquet"
 
 
 class RawCaptions(NamedTuple):
@@ -37,14 +40,14 @@ def require_caption_file(file: Path, allow_pickle: bool = False) -> None:
     """ConfigError unless the file is there, its ending says what is in it, and it is no pickle or an allowed one."""
     if not file.is_file():
         raise ConfigError(f"caption file {file} is not there; give a file, or extract without captions")
-    if file.suffix.lower() not in (*_TEXT_SUFFIXES, *SUFFIXES):
+    if file.suffix.lower() not in (*_TEXT_SUFFIXES, _PARQUET, *SUFFIXES):
         raise ConfigError(f"caption file {file}: the ending {file.suffix!r} is not known; give {FORMS}")
     if file.suffix.lower() in SUFFIXES:
         require_allowed(file, allow_pickle)
 
 
 def iter_captions(file: Path, allow_pickle: bool = False, tokenizer: Tokenizer | None = None) -> Iterator[RawCaptions]:
-    """Every video of a caption file (.json, .jsonl, .csv or .pkl), in the file's order.
+    """Every video of a caption file (.json, .jsonl, .csv, .parquet or .pkl), in the file's order.
 
     Args:
         file: HowTo100M's raw_caption.json, one of the other forms of `FORMS`, or one of HowTo100M's pickles.
@@ -59,18 +62,26 @@ def iter_captions(file: Path, allow_pickle: bool = False, tokenizer: Tokenizer |
     if file.suffix.lower() in SUFFIXES:
         yield from _iter_pickle(file, load_pickle(file, allow_pickle), tokenizer)
         return
-    reader = {".json": _iter_json, ".csv": _iter_csv}.get(file.suffix.lower(), _iter_jsonl)
     seen: set[str] = set()
+    for captions in _iter_parquet(file) if file.suffix.lower() == _PARQUET else _iter_text(file):
+        if captions.video_id in seen:
+            raise StoreError(
+                f"{file}: video {captions.video_id} occurs twice; put its captions together "
+                "(a table sorted by video_id does that)"
+            )
+        seen.add(captions.video_id)
+        yield captions
+
+
+def _iter_parquet(file: Path) -> Iterator[RawCaptions]:
+    return (RawCaptions(*video) for video in iter_parquet(file))
+
+
+def _iter_text(file: Path) -> Iterator[RawCaptions]:
+    reader = {".json": _iter_json, ".csv": _iter_csv}.get(file.suffix.lower(), _iter_jsonl)
     with file.open(encoding="utf-8-sig", newline="") as text:
         try:
-            for captions in reader(file, text):
-                if captions.video_id in seen:
-                    raise StoreError(
-                        f"{file}: video {captions.video_id} occurs twice; put its captions together "
-                        "(a CSV sorted by video_id does that)"
-                    )
-                seen.add(captions.video_id)
-                yield captions
+            yield from reader(file, text)
         except UnicodeDecodeError as error:
             raise StoreError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
 

@@ -121,14 +121,19 @@ def roll_forward(meta: StoreMeta, commit: Commit, sizes: Mapping[str, int] | Non
         raise StoreError(
             f"shard {commit.shard}: {meta.place(final)} has {size:,} bytes, {commit.size:,} were committed. {REPAIR}"
         )
+    if not published:  # whoever moved it was perhaps killed before the move was durable
+        for folder in (final.rpartition("/")[0], "features/c", "features"):
+            storage.sync(folder)
     return published
 
 
 def roll_all_forward(meta: StoreMeta) -> Iterator[tuple[Commit, bool]]:
     """Every record, with its shard published, and whether that was done just now."""
+    # An attempt's folder goes when its move is durable, so that of the others a listing is enough.
+    moving = {shard for shard, *_ in staged_attempts(meta)}
     sizes = meta.storage.sizes("features/c")
     for commit in iter_commits(meta):
-        yield commit, roll_forward(meta, commit, sizes)
+        yield commit, roll_forward(meta, commit, None if commit.shard in moving else sizes)
 
 
 def void(meta: StoreMeta, shard: int) -> None:

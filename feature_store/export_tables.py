@@ -5,6 +5,7 @@ Columns go from the memory-mapped index to Arrow without a Python object per cap
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportMissingTypeStubs=false, reportUnknownParameterType=false
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def clips_schema(token_type: str) -> pa.Schema:
 
 
 def export_parquet(root: Root, folder: Path, on_progress: Callable[[int], None] = lambda done: None) -> ExportSummary:
-    """Writes videos.parquet and clips.parquet of the store's snapshot; keeps those that are of this snapshot already.
+    """Writes videos.parquet, clips.parquet and splits/NAME.jsonl of the store's snapshot; keeps what is there already.
 
     Args:
         root: the store.
@@ -72,6 +73,25 @@ def export_parquet(root: Root, folder: Path, on_progress: Callable[[int], None] 
                     on_progress(done)
             size += temporary.stat().st_size
         written += 1
+    splits = _export_splits(index, folder / "splits")
+    return ExportSummary(written + splits.written, kept + splits.kept, size + splits.bytes)
+
+
+def _export_splits(index: StoreIndex, folder: Path) -> ExportSummary:
+    """A file of ids for each split, as `store split NAME --videos FILE` takes it; none of splits that are gone."""
+    written = kept = size = 0
+    for path in folder.glob("*.jsonl"):
+        if path.stem not in index.splits:
+            path.unlink()
+    for name in index.splits:
+        lines = (json.dumps({"video_id": video_id.decode()}) + "\n" for video_id in index.split_ids(name))
+        path, data = folder / f"{name}.jsonl", "".join(lines).encode()
+        if path.exists() and path.read_bytes() == data:
+            kept += 1
+            continue
+        with published(path, len(data)) as temporary:
+            temporary.write_bytes(data)
+        written, size = written + 1, size + len(data)
     return ExportSummary(written, kept, size)
 
 

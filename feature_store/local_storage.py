@@ -5,6 +5,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,6 +126,8 @@ class LocalStorage:
             for name in folders:
                 self.path(name).mkdir(parents=True, exist_ok=True)
         fsync_dir(self.root)
+        with suppress(PermissionError):  # a folder that we may pass but not read: then its owner has made ours
+            fsync_dir(self.root.parent)
 
     def scratch(self, name: str) -> Path:
         folder = self.path(SCRATCH) / name

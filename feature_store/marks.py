@@ -40,25 +40,25 @@ def delete_videos(root: Root, video_ids: Iterable[str], undo: bool = False) -> M
     captions with those that wait: nothing is lost, and nothing is freed. Extraction does not bring them back.
     """
     meta = open_store(root)
-    finalise(root)
     asked = {video_id.encode("utf-8", "replace") for video_id in video_ids}
-    known = set(committed_videos(meta).ids)
     before: set[bytes] = set()
+    unknown: set[bytes] = set()
 
     def build(parent: StoreIndex | None) -> Draft | None:
-        assert parent is not None, "finalise has made one"
         marks = snapshot_marks(parent)
-        before.clear()
-        before.update(marks.deleted)
-        deleted = before - asked if undo else before | (asked & known)
-        if deleted == before:
+        committed = committed_videos(meta)
+        for ids, found in ((before, marks.deleted), (unknown, asked.difference(committed.ids))):
+            ids.clear()  # of a build that another was faster than
+            ids.update(found)
+        deleted = before - asked if undo else before | (asked - unknown)
+        videos = committed.without(deleted)
+        if parent and deleted == before and videos.same(snapshot_videos(parent)):
             return None
-        videos = committed_videos(meta).without(deleted)
         return Draft(videos, snapshot_captions(parent), Marks(sorted(deleted), marks.splits))
 
     name = update_snapshot(meta, build)
     now = set(StoreIndex(root, name).deleted())
-    return MarkReport(snapshot=name, changed=len(now ^ before), marked=len(now), unknown=len(asked - known))
+    return MarkReport(snapshot=name, changed=len(now ^ before), marked=len(now), unknown=len(unknown))
 
 
 def name_split(root: Root, name: str, video_ids: Iterable[str] | None) -> MarkReport:

@@ -64,6 +64,31 @@ def test_other_readers_see_the_same(tmp_path: Path) -> None:
         assert np.array_equal(tensor[start : start + len(rows)].read().result(), rows)
 
 
+def test_a_snapshot_names_no_shard_whose_move_may_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the rename and before its fsync: the next one makes it durable, once."""
+    create_store(tmp_path, provenance(), 512)
+    (task,) = plan_videos(tmp_path, [PlannedVideo("v", "v.mp4")], 1)
+    attempt = ShardAttempt(tmp_path, task.shard)
+    add_video(attempt, task.videos[0], features("v", 100))
+    with monkeypatch.context() as patch:
+        patch.setattr("feature_store.writer.roll_forward", lambda *_: None)
+        patch.setattr(attempt, "_remove", lambda: None)
+        assert attempt.commit()
+    staged = tmp_path / "_staging" / f"{task.shard:06d}.{read_commit(open_store(tmp_path), task.shard).attempt}"
+    published = tmp_path / shard_key(task.shard)
+    published.parent.mkdir(parents=True)
+    (staged / "shard").rename(published)
+    synced: list[Path] = []
+    monkeypatch.setattr("feature_store.local_storage.fsync_dir", synced.append)
+    finalise(tmp_path)
+    before_the_snapshot = synced[: synced.index(tmp_path / "index")]
+    assert {published.parent, published.parents[1], tmp_path / "features"} <= set(before_the_snapshot)
+    assert not list((tmp_path / "_staging").iterdir())
+    synced.clear()
+    finalise(tmp_path)
+    assert published.parent not in synced
+
+
 def test_the_second_attempt_loses_whole(tmp_path: Path) -> None:
     create_store(tmp_path, provenance(), 512)
     (task,) = plan_videos(tmp_path, [PlannedVideo("v", "v.mp4")], 1)

@@ -19,9 +19,11 @@ from feature_store.import_arrays import import_arrays
 from feature_store.import_sources import ArraySources
 from feature_store.index import StoreIndex
 from feature_store.layout import open_store, shard_key
+from feature_store.marks import name_split
 from feature_store.reader import FeatureReader
 from feature_store.verify import verify_store
 from tests.feature_store.store_tools import features, flip_bit, make_store
+from vlm_dist.data.splits import read_id_list
 from vlm_dist.errors import StoreError
 
 IDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
@@ -188,3 +190,22 @@ def test_damaged_captions_are_not_exported(captioned: Path, tmp_path: Path) -> N
     with pytest.raises(StoreError, match=r"captions of video .* are damaged"):
         export_parquet(captioned, tmp_path / "out")
     assert not (tmp_path / "out" / "clips.parquet").exists()
+
+
+def test_captions_and_splits_come_back_as_they_went_out(captioned: Path, tmp_path: Path) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    name_split(captioned, "train.1", ["video-002", "video-004", "never-seen"])
+    name_split(captioned, "gone", ["video-000"])
+    export_npy(captioned, out)
+    export_parquet(captioned, out)
+    name_split(captioned, "gone", None)
+    assert export_parquet(captioned, out)[:2] == (2, 1), "two tables of a new snapshot, and the split that is as it was"
+    assert [path.name for path in (out / "splits").iterdir()] == ["train.1.jsonl"]
+    import_arrays(again, ArraySources([out]), ImportConfig(rows_per_shard=1024))
+    index = StoreIndex(captioned)
+    tokenizer = str(index.tokenizer_dir)
+    write_captions(again, out / "clips.parquet", CaptionConfig(tokenizer=tokenizer, deduplicate="off"))
+    name_split(again, "train.1", read_id_list(out / "splits" / "train.1.jsonl"))
+    other = StoreIndex(again)
+    assert other.fingerprint == index.fingerprint, "ids, features, captions, tokens, provenance"
+    assert other.split_ids("train.1") == index.split_ids("train.1") == [b"never-seen", b"video-002", b"video-004"]

@@ -14,7 +14,9 @@ from vlm_dist.cli.output import print_json, prose_on_stderr
 def captions(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="[FILE]", help="Captions as JSON, JSONL, CSV or pickle (default: the store's own)."),
+        typer.Argument(
+            metavar="[FILE]", help="Captions as JSON, JSONL, CSV, Parquet or pickle (default: the store's own)."
+        ),
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Feature store (default: the workspace's).")] = None,
     tokenizer: Annotated[

@@ -20,7 +20,7 @@ def extract(
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Feature store that is made or continued.")] = None,
     captions: Annotated[
-        Path | None, typer.Option(help="Captions: {id: {start, end, text}} as JSON, JSONL, CSV, or pickle.")
+        Path | None, typer.Option(help="Captions: {id: {start, end, text}} as JSON, JSONL, CSV, Parquet or pickle.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="S3D weights, s3d_howto100m.pth.")] = None,
     random_weights: Annotated[

@@ -26,7 +26,7 @@ def import_features(
     ],
     store: Annotated[Path | None, typer.Option(help="Feature store that is made or continued.")] = None,
     captions: Annotated[
-        Path | None, typer.Option(help="Captions: {id: {start, end, text}} as JSON, JSONL, CSV, or pickle.")
+        Path | None, typer.Option(help="Captions: {id: {start, end, text}} as JSON, JSONL, CSV, Parquet or pickle.")
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="S3D weights: 1024-d mixed_5c goes through their last layer to 512-d.")
@@ -145,13 +145,16 @@ def export(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Feature store.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder, or that of an earlier export.")],
     npy: Annotated[bool, typer.Option("--npy", help="Only features: ID.npy, float16 (seconds, F).")] = False,
-    parquet: Annotated[bool, typer.Option("--parquet", help="Only the index: videos.parquet, clips.parquet.")] = False,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Only the index: videos.parquet, clips.parquet, splits.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Export a store for other tools: features as one .npy a video, and its index as Parquet.
 
     Without --npy and --parquet both are written. Ids become file names with %XX for odd characters; `store import` of
-    the folder gives the same ids, features and provenance. Running the command again does what is left to do.
+    the folder gives the same ids, features and provenance, and captions with `--captions DIR/clips.parquet --set
+    captions.deduplicate=off`. Running the command again does what is left to do.
 
     \b
     Examples:
