@@ -30,6 +30,7 @@ class Commit(BaseModel):
     size: int = Field(description="Bytes of the shard file; 0 where no video of it has features and there is no file.")
     crc32c: int = Field(description="CRC-32C of the shard file.")
     rows: int = Field(description="Rows that are filled.")
+    origin: str = Field(default="", description="`Provenance.digest` of the features; empty in old records.")
     videos: tuple[VideoRecord, ...]
 
 
@@ -78,6 +79,8 @@ def _parse(meta: StoreMeta, shard: int, data: bytes) -> Commit:
         raise StoreError(f"{place} is not a commit record that this version understands: {error}") from error
     if commit.shard != shard:
         raise StoreError(f"{place} is the record of shard {commit.shard}: a file was copied or renamed. {REPAIR}")
+    if commit.origin and commit.origin != meta.provenance.digest:
+        raise StoreError(f"{place} is of another extractor's features: it was copied from another store. {REPAIR}")
     return commit
 
 

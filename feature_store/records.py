@@ -1,5 +1,8 @@
 """What is known of a video beside its features (videos → features): its record, and the extractor's provenance."""
 
+import hashlib
+import json
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -71,3 +74,9 @@ class Provenance(BaseModel):
     normalised: bool = Field(True, description="Whether rows are L2-normalised.")
     decoder: str = Field(default="", description="Decoder and its version.")
     feature_dim: int = Field(default=512, ge=1, description="Width F of a feature row.")
+
+    @cached_property
+    def digest(self) -> str:
+        """Short name of this provenance in commit records; fields that a later version adds do not change it."""
+        told = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -92,6 +92,7 @@ class ShardAttempt:
             size=self._rows.size,
             crc32c=self._rows.crc32c,
             rows=self._rows.rows,
+            origin=self._meta.provenance.digest,
             videos=tuple(self._records.values()),
         )
         try:

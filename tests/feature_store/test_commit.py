@@ -89,6 +89,19 @@ def test_a_snapshot_names_no_shard_whose_move_may_be_lost(tmp_path: Path, monkey
     assert published.parent not in synced
 
 
+def test_a_shard_of_another_extractor_is_refused(tmp_path: Path) -> None:
+    """Copied by hand from a store of the same shape: the record names what made its features."""
+    corpus = {"v": features("v", 100)}
+    root, other = make_store(tmp_path / "store", corpus), tmp_path / "other"
+    create_store(other, provenance(weights_sha256="1" * 64), 1024)
+    write_shards(other, corpus)
+    shutil.copytree(other / "_commits", root / "_commits", dirs_exist_ok=True)
+    with pytest.raises(StoreError, match=r"000000\.json is of another extractor's features"):
+        finalise(root)
+    (problem,) = verify_store(root).problems[:1]
+    assert "another extractor" in problem.message
+
+
 def test_the_second_attempt_loses_whole(tmp_path: Path) -> None:
     create_store(tmp_path, provenance(), 512)
     (task,) = plan_videos(tmp_path, [PlannedVideo("v", "v.mp4")], 1)

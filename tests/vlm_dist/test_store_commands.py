@@ -64,6 +64,11 @@ def test_captions_splits_deletions_and_a_picture(here: Path, typed: Callable[...
     runs = json.loads(typed("jobs", "list", "--json"))
     assert [row["kind"] for row in runs] == ["extract", "extract"], "one for each time that the captions changed"
 
+    shown = typed("store", "show", "v3")
+    assert all(told in shown for told in ("cut 3 onions", "videos/v3.mp4", "provenance: weights"))
+    assert json.loads(typed("store", "show", "broken", "--json"))["record"]["reason"] == "corrupt"
+    assert "never heard of a video 'v33'" in typed("store", "show", "v33", code=1)
+
     (here / "train.txt").write_text("v1\nv2\nlater\n")
     assert typed("store", "split", "train", "--videos", "train.txt") == (
         "Split train: 3 videos, 1 of them not in the store yet.\n"

@@ -110,6 +110,39 @@ def verify(
 
 
 @app.command()
+def show(
+    video: Annotated[str, typer.Argument(metavar="ID", help="Video id.")],
+    store: Annotated[Path | None, typer.Option("--store", help="Feature store (default: the workspace's).")] = None,
+    workspace: Workspace = HERE,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Say what a store knows of one video: its file, seconds, place, what made its features, its captions.
+
+    \b
+    Examples:
+      vlm-dist store show dQw4w9WgXcQ
+      vlm-dist store show dQw4w9WgXcQ --store s3://lab/howto --json
+    """
+    from feature_store.show import video_facts
+    from vlm_dist.cli.output import print_json, print_table
+
+    facts = video_facts(store_address(store, workspace, overrides), video)
+    if json:
+        print_json(facts)
+        return
+    captions = facts.pop("captions")
+    record, provenance = facts.pop("record") or {}, facts.pop("provenance")
+    if record:
+        record["crc32c"] = f"{record['crc32c']:08x}"
+    facts |= {"captions": len(captions), **record, "provenance": provenance}
+    print_table(("", ""), _lines(facts), title=f"Video {facts['video_id']}")
+    if captions:
+        rows = [(f"{c['start_ms'] / 1000:.1f}", f"{c['end_ms'] / 1000:.1f}", c["text"]) for c in captions]
+        print_table(("start s", "end s", "text"), rows, title="Captions")
+
+
+@app.command()
 def failures(store: Store = None, workspace: Workspace = HERE, overrides: Overrides = None, json: Json = False) -> None:
     """List the videos that gave no features, each with its reason.
 
