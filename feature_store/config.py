@@ -43,6 +43,9 @@ class ExtractConfig(_Frozen):
     layer: Literal["video_embedding", "mixed_5c"] = Field(
         default="video_embedding", description="S3D output that is stored: 512-d video_embedding or 1024-d mixed_5c."
     )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Number format in which S3D works; the store says which."
+    )
     normalise: bool = Field(
         default=True, description="L2-normalise each token (the reference's extraction script does)."
     )

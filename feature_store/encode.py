@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,12 +17,26 @@ from torch.nn import functional
 from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.decode import DecodeError, SecondsReader
 from feature_store.s3d import S3D
+from feature_store.s3d_fused import FusedS3D
 from vlm_dist.errors import ExtractionError
 
 CALIBRATION_CLIPS = 48
 _CLIPS_PER_VIDEO = 3
 _SECONDS_APART = 4
 _SHOWN = 3  # unreadable videos that an error names
+
+
+class ClipEncoder(Protocol):
+    """What turns clips into tokens; S3D is the one that is here."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where clips must lie."""
+        ...
+
+    def __call__(self, clips: Tensor, /) -> Tensor:
+        """Tokens (B, F) float32 of clips, uint8 (B, T, H, W, 3): one second each; not normalised."""
+        ...
 
 
 class Extracted(NamedTuple):
@@ -38,16 +52,24 @@ class Extracted(NamedTuple):
     """Wall-clock seconds that it took."""
 
 
+def clip_encoder(model: S3D, cfg: ExtractConfig, device: str = "cpu") -> FusedS3D:
+    """S3D as a config asks for it: layer and precision."""
+    return FusedS3D(model, cfg.layer, getattr(torch, cfg.precision)).to(device)
+
+
 @torch.inference_mode()
 def features_from_file(
-    path: Path | str, model: S3D, cfg: ExtractConfig, on_batch: Callable[[SecondsReader], None] = lambda reader: None
+    path: Path | str,
+    encoder: ClipEncoder,
+    cfg: ExtractConfig,
+    on_batch: Callable[[SecondsReader], None] = lambda reader: None,
 ) -> Extracted:
     """Decode a video and encode each second of it; holds `batch_seconds` of frames at a time, never the whole video.
 
     Args:
         path: Video file of any format that FFmpeg reads.
-        model: Encoder in eval mode, on the device that shall work.
-        cfg: Frame rate, size, layer, normalisation.
+        encoder: See `clip_encoder`, which makes one of S3D weights and the same config.
+        cfg: Frame rate, size, normalisation.
         on_batch: Called before each `batch_seconds` of video are encoded; may raise to go no further.
 
     Raises:
@@ -55,14 +77,12 @@ def features_from_file(
         ExtractionError: the encoder's output is not finite.
     """
     start = time.monotonic()
-    device = next(model.parameters()).device
     reader = SecondsReader(path, cfg.decode)
     seconds = iter(reader)
     rows: list[np.ndarray] = []
     while batch := list(islice(seconds, cfg.batch_seconds)):
         on_batch(reader)
-        frames = torch.from_numpy(np.stack(batch)).to(device)
-        tokens = model(_as_input(frames), cfg.layer)
+        tokens = encoder(torch.from_numpy(np.stack(batch)).to(encoder.device))
         if cfg.normalise:
             tokens = functional.normalize(tokens, dim=-1)
         rows.append(tokens.half().cpu().numpy())
@@ -70,11 +90,6 @@ def features_from_file(
     if not np.isfinite(features).all():
         raise ExtractionError(f"{path}: the encoder's output is not finite; are its weights damaged?")
     return Extracted(features, reader.decoded_s, reader.claimed_s, time.monotonic() - start)
-
-
-def _as_input(frames: Tensor) -> Tensor:
-    """uint8 (B, T, H, W, 3) → float (B, 3, T, H, W) in [0, 1]."""
-    return frames.permute(0, 4, 1, 2, 3).float() / 255
 
 
 def calibration_clips(paths: Iterable[Path | str], cfg: DecodeConfig) -> np.ndarray:

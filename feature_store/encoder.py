@@ -131,6 +131,7 @@ def _provenance(cfg: ExtractConfig, known: Provenance | None, **weights: str | i
         {
             **weights,
             "layer": cfg.layer,
+            "precision": cfg.precision,
             "fps": decode.fps,
             "window": decode.fps,
             "size": decode.size,

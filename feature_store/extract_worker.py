@@ -15,7 +15,7 @@ import torch
 from feature_store.commit import read_commit
 from feature_store.config import ExtractConfig
 from feature_store.decode import DecodeError, SecondsReader
-from feature_store.encode import features_from_file
+from feature_store.encode import clip_encoder, features_from_file
 from feature_store.layout import open_store
 from feature_store.notes import Note, Notes, Tally
 from feature_store.plan import PlannedVideo, ShardTask
@@ -51,16 +51,16 @@ class ShardWorker:
         self.meta = open_store(root)
         self.notes = Notes(root)
         self.cfg = cfg
-        self.model = S3D()
-        self.model.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
-        self.model.to("cuda" if cfg.gpus_per_worker > 0 else "cpu")
+        model = S3D()
+        model.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
+        self.encoder = clip_encoder(model, cfg, "cuda" if cfg.gpus_per_worker > 0 else "cpu")
         self._warm_up()
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
         # An encoder that does not run here must stop the work, instead of failing every video on its own.
         size, fps = self.cfg.decode.size, self.cfg.decode.fps
-        out = self.model(torch.zeros(1, 3, fps, size, size, device=next(self.model.parameters()).device))
+        out = self.encoder(torch.zeros(1, fps, size, size, 3, dtype=torch.uint8, device=self.encoder.device))
         if not out.isfinite().all():
             raise ExtractionError(
                 "the encoder gives no finite numbers even for a black picture: its weights are damaged"
@@ -116,7 +116,7 @@ class ShardWorker:
                 raise _NoRoom
 
         try:
-            got = features_from_file(video.path, self.model, self.cfg, look)
+            got = features_from_file(video.path, self.encoder, self.cfg, look)
         except _NoRoom:
             if empty:
                 return _failed(known, "too_long", f"{video.path}: a shard of this store holds {room} seconds"), None

@@ -68,6 +68,7 @@ class Provenance(BaseModel):
     random_seed: int | None = Field(default=None, description="Seed of random weights; None for trained ones.")
     calibration: str = Field(default="", description="What random weights were calibrated on.")
     layer: str = Field(default="video_embedding", description="Encoder output that is stored.")
+    precision: str = Field(default="float32", description="Number format in which the encoder worked.")
     fps: float = Field(default=30.0, gt=0, description="Frames per second handed to the encoder.")
     window: int = Field(default=30, ge=1, description="Frames of one feature row.")
     size: int = Field(default=224, ge=1, description="Side of the square frames, in pixels.")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 # Inception blocks: name, (b0, (b1 in, out), (b2 in, out), b3); the input width is the sum of the block before.
-_BLOCKS: dict[str, tuple[int, tuple[int, int], tuple[int, int], int]] = {
+BLOCKS: dict[str, tuple[int, tuple[int, int], tuple[int, int], int]] = {
     "mixed_3b": (64, (96, 128), (16, 32), 32),
     "mixed_3c": (128, (128, 192), (32, 96), 64),
     "mixed_4b": (192, (96, 208), (16, 48), 64),
@@ -141,7 +141,7 @@ class S3D(nn.Module):
         self.maxpool_4a = PaddedMaxPool((3, 3, 3), (2, 2, 2))
         self.maxpool_5a = PaddedMaxPool((2, 2, 2), (2, 2, 2))
         width = 192
-        for name, sizes in _BLOCKS.items():
+        for name, sizes in BLOCKS.items():
             block = Inception(width, *sizes)
             setattr(self, name, block)
             width = block.width
@@ -163,7 +163,7 @@ class S3D(nn.Module):
         x = self.conv1(x)[:, :, 1:, 1:, 1:]  # even kernels padded on both sides give one place too many
         x = self.conv_2c(self.conv_2b(self.maxpool_2a(x)))
         x = self.maxpool_3a(self.gating(x))
-        for name in _BLOCKS:
+        for name in BLOCKS:
             if name == "mixed_4b":
                 x = self.maxpool_4a(x)
             elif name == "mixed_5b":

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from feature_store.s3d import S3D
+from feature_store.s3d_fused import FusedS3D
 from vlm_dist.errors import ExtractionError
 
 NO_WEIGHTS = (
@@ -99,8 +100,8 @@ def random_s3d(seed: int, clips: np.ndarray) -> S3D:
     if len(clips) < _FEW_CLIPS:  # too few to tell a deviation from: add their negatives and mirrored time
         clips = np.concatenate([clips, 255 - clips, clips[:, ::-1, ::-1], 255 - clips[:, :, :, ::-1]])
     with torch.inference_mode():
-        frames = torch.from_numpy(clips).permute(0, 4, 1, 2, 3)
-        out = torch.cat([model(part.float() / 255) for part in frames.split(8)]).double()
+        encoder = FusedS3D(model)
+        out = torch.cat([encoder(part) for part in torch.from_numpy(clips).split(8)]).double()
     mean, std = out.mean(dim=0), out.std(dim=0)
     std = std.clamp_min(1e-3 * float(std.mean())).clamp_min(1e-12)
     with torch.no_grad():

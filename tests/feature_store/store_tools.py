@@ -5,9 +5,12 @@ from typing import TypeVar
 
 import numpy as np
 
+from feature_store.config import ExtractConfig
+from feature_store.encode import Extracted, clip_encoder, features_from_file
 from feature_store.layout import create_store
 from feature_store.plan import PlannedVideo, plan_videos
 from feature_store.records import Provenance, VideoRecord
+from feature_store.s3d import S3D
 from feature_store.snapshot import finalise
 from feature_store.storage import Root
 from feature_store.writer import ShardAttempt
@@ -69,3 +72,8 @@ def flip_bit(path: Path, byte: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[byte] ^= 1 << bit
     path.write_bytes(data)
+
+
+def features_of(path: Path, model: S3D, cfg: ExtractConfig) -> Extracted:
+    """A video file's features by the weights of a model."""
+    return features_from_file(path, clip_encoder(model, cfg), cfg)

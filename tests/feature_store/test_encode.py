@@ -9,9 +9,10 @@ import torch
 
 from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.decode import DecodeError, SecondsReader
-from feature_store.encode import calibration_clips, features_from_file
+from feature_store.encode import calibration_clips
 from feature_store.s3d import S3D
 from feature_store.weights import random_s3d
+from tests.feature_store.store_tools import features_of
 from vlm_dist.errors import ExtractionError
 
 SMALL = ExtractConfig(decode=DecodeConfig(fps=16, size=64), batch_seconds=4)
@@ -36,7 +37,7 @@ def by_hand(video: Path, model: S3D) -> np.ndarray:
 
 
 def test_a_row_for_every_second(video: Path, model: S3D) -> None:
-    got = features_from_file(video, model, SMALL)
+    got = features_of(video, model, SMALL)
     assert got.features.shape == (10, 512)
     assert got.features.dtype == np.float16
     assert got.decoded_s == pytest.approx(9.5)
@@ -47,14 +48,14 @@ def test_a_row_for_every_second(video: Path, model: S3D) -> None:
 
 
 def test_batches_do_not_matter(video: Path, model: S3D) -> None:
-    one = features_from_file(video, model, SMALL.model_copy(update={"batch_seconds": 1})).features
-    many = features_from_file(video, model, SMALL.model_copy(update={"batch_seconds": 64})).features
+    one = features_of(video, model, SMALL.model_copy(update={"batch_seconds": 1})).features
+    many = features_of(video, model, SMALL.model_copy(update={"batch_seconds": 64})).features
     assert np.abs(one.astype(np.float32) - many.astype(np.float32)).max() < 2e-3
 
 
 def test_layer_and_normalisation(video: Path, model: S3D) -> None:
-    mixed = features_from_file(video, model, SMALL.model_copy(update={"layer": "mixed_5c", "normalise": False}))
-    plain = features_from_file(video, model, SMALL.model_copy(update={"normalise": False})).features.astype(np.float64)
+    mixed = features_of(video, model, SMALL.model_copy(update={"layer": "mixed_5c", "normalise": False}))
+    plain = features_of(video, model, SMALL.model_copy(update={"normalise": False})).features.astype(np.float64)
     assert mixed.features.shape == (10, 1024)
     through_fc = model.fc(torch.from_numpy(mixed.features.astype(np.float32))).detach().numpy()
     # float16 of mixed_5c is coarse beside the calibrated fc, so only the directions are compared.
@@ -66,7 +67,7 @@ def test_layer_and_normalisation(video: Path, model: S3D) -> None:
 def test_broken_file_keeps_its_reason(broken_videos: dict[str, Path], model: S3D) -> None:
     for reason, path in broken_videos.items():
         with pytest.raises(DecodeError) as caught:
-            features_from_file(path, model, SMALL)
+            features_of(path, model, SMALL)
         assert caught.value.reason == reason
 
 
@@ -74,7 +75,7 @@ def test_damaged_weights_are_no_features(video: Path, model: S3D) -> None:
     damaged = S3D()
     damaged.load_state_dict({**model.state_dict(), "fc.bias": torch.full((512,), float("nan"))})
     with pytest.raises(ExtractionError, match="not finite"):
-        features_from_file(video, damaged, SMALL)
+        features_of(video, damaged, SMALL)
 
 
 def test_calibration_does_not_depend_on_the_order(tmp_path: Path, make_video: Callable[..., Path]) -> None:

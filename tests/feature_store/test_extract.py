@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 from feature_store.config import DecodeConfig, ExtractConfig
-from feature_store.encode import features_from_file
 from feature_store.encoder import kept_weights, prepare_encoder
 from feature_store.extract import ExtractProgress, ExtractSummary, extract_corpus
 from feature_store.info import failures
@@ -27,6 +26,7 @@ from feature_store.plan import PlannedVideo
 from feature_store.reader import FeatureReader
 from feature_store.verify import verify_store
 from feature_store.weights import load_s3d
+from tests.feature_store.store_tools import features_of
 from vlm_dist.errors import ConfigError, ExtractionError, StoreError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -62,7 +62,7 @@ def test_features_are_those_of_the_one_function(corpus: Path, extracted: tuple[P
     features = all_features(store)
     assert sorted(features) == [f"v{number}" for number in range(10)]
     for video_id, rows in features.items():
-        alone = features_from_file(corpus / f"{video_id}.mp4", model, CFG).features
+        alone = features_of(corpus / f"{video_id}.mp4", model, CFG).features
         assert rows.shape == alone.shape
         assert np.abs(rows.astype(np.float32) - alone.astype(np.float32)).max() < 2e-3
     assert not verify_store(store, deep=True, repair=False).problems
@@ -97,7 +97,7 @@ def test_more_videos_go_through_the_same_encoder(
     features = all_features(store)
     assert len(features) == 11
     model, _ = load_s3d(store / kept_weights(open_store(store)))
-    alone = features_from_file(new, model, CFG).features
+    alone = features_of(new, model, CFG).features
     assert np.abs(features["new"].astype(np.float32) - alone.astype(np.float32)).max() < 2e-3
 
 

@@ -33,7 +33,7 @@ def make_worker(store: Path, videos: Sequence[PlannedVideo]) -> tuple[ShardWorke
     encoder = prepare_encoder(store, videos, TINY, random_seed=0, rows_per_shard=ROWS)
     worker = ShardWorker(store, TINY, encoder.state(), 1)
     encoded: list[int] = []
-    worker.model.register_forward_hook(lambda model, args, out: encoded.append(len(out)))
+    worker.encoder.register_forward_hook(lambda model, args, out: encoded.append(len(out)))
     return worker, encoded
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from feature_store.config import DecodeConfig, ExtractConfig
-from feature_store.encode import calibration_clips, features_from_file
+from feature_store.encode import calibration_clips
 from feature_store.encoder import prepare_encoder, require_same_encoder
 from feature_store.s3d import S3D
 from feature_store.weights import load_s3d, random_s3d
+from tests.feature_store.store_tools import features_of
 from vlm_dist.errors import ExtractionError, StoreError
 
 SMALL = ExtractConfig(decode=DecodeConfig(fps=16, size=64))
@@ -126,13 +127,13 @@ def test_random_weights_tell_clips_apart(tmp_path: Path, make_video: Callable[..
     assert clips.shape == (48, 16, 64, 64, 3)
     model = random_s3d(0, clips)
     paths = [make_video(tmp_path / f"{seed}.mp4", 1.0, seed=seed) for seed in range(20, 36)]
-    rows = unit_rows(np.concatenate([features_from_file(path, model, SMALL).features for path in paths]))
+    rows = unit_rows(np.concatenate([features_of(path, model, SMALL).features for path in paths]))
     cosines = (rows @ rows.T)[~np.eye(16, dtype=bool)]
     assert abs(cosines.mean()) < 0.15
     assert cosines.max() < 0.98
 
     plain = S3D()
-    alike = unit_rows(np.concatenate([features_from_file(path, plain, SMALL).features for path in paths]))
+    alike = unit_rows(np.concatenate([features_of(path, plain, SMALL).features for path in paths]))
     assert (alike @ alike.T).min() > 0.999  # what calibration is for
 
 
@@ -148,6 +149,6 @@ def test_random_weights_are_deterministic_and_differ_by_seed() -> None:
 def test_one_clip_is_enough_to_calibrate(tmp_path: Path, make_video: Callable[..., Path]) -> None:
     path = make_video(tmp_path / "a.mp4", 1.0)
     model = random_s3d(0, calibration_clips([path], SMALL.decode))
-    features = features_from_file(path, model, SMALL).features
+    features = features_of(path, model, SMALL).features
     assert features.shape == (1, 512)
     assert np.linalg.norm(features.astype(np.float64)) == pytest.approx(1.0, abs=2e-3)

@@ -93,7 +93,7 @@ def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None)
     """One video -> NAME.npy in the current folder, without Ray, store or run."""
     import numpy as np
 
-    from feature_store.encode import calibration_clips, features_from_file
+    from feature_store.encode import calibration_clips, clip_encoder, features_from_file
     from feature_store.weights import load_s3d, random_s3d
 
     if len(paths) != 1 or paths[0].is_dir():
@@ -108,7 +108,7 @@ def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None)
         model = random_s3d(random_seed or 0, calibration_clips([paths[0]], cfg.decode))
     else:
         model, _ = load_s3d(weights)
-    extracted = features_from_file(paths[0], model.eval(), cfg)
+    extracted = features_from_file(paths[0], clip_encoder(model, cfg), cfg)
     np.save(target, extracted.features)
     rows, width = extracted.features.shape
     norm = float(np.linalg.norm(extracted.features.astype(np.float32), axis=1).mean())
