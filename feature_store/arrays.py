@@ -56,23 +56,33 @@ def write_column(folder: Path, name: str, values: np.ndarray) -> ArrayInfo:
     return writer.finish()
 
 
+def column_key(name: str) -> str:
+    """The file of an array's values, from its snapshot's folder on."""
+    return f"{name}/c/0"
+
+
+def column_bytes(info: ArrayInfo) -> int:
+    """Bytes of an array; where there are none, there is no file."""
+    return info["length"] * np.dtype(info["dtype"]).itemsize
+
+
 def open_column(folder: Path, name: str, info: ArrayInfo) -> np.ndarray:
     """Memory-maps an array, read-only; nothing of it is read.
 
     Raises:
         StoreError: the file is missing or has another size than was written.
     """
-    dtype = np.dtype(info["dtype"]).newbyteorder("<")
-    if info["length"] == 0:
+    dtype, wanted = np.dtype(info["dtype"]).newbyteorder("<"), column_bytes(info)
+    if not wanted:
         return np.empty(0, dtype)
-    path = folder / name / "c" / "0"
+    path = folder / column_key(name)
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         size = 0
-    if size != info["length"] * dtype.itemsize:
+    if size != wanted:
         raise StoreError(
-            f"index array {path} has {size:,} bytes, {info['length'] * dtype.itemsize:,} belong there; "
+            f"index array {path} has {size:,} bytes, {wanted:,} belong there; "
             "run `vlm-dist store verify --repair` on the store"
         )
     return np.asarray(np.memmap(path, dtype, "r"))

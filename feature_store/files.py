@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from vlm_dist.errors import StoreError
+from vlm_dist.errors import StoreError, StoreUnreachableError
 
 SCRATCH = "_staging"  # the store's folder of unfinished things
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _SEAL = b'{"crc32c":"%08x","body":'
 _SEAL_LENGTH = len(_SEAL % 0)
 
@@ -78,3 +80,17 @@ def disk_guard(path: Path, needed: int) -> Generator[None]:
             f"the disk of {path} is full: {needed:,} bytes are needed there and {free:,} are free. "
             "Free some space and run the same command again: what was committed is kept"
         ) from error
+
+
+@contextmanager
+def descriptor_guard(where: Path | str) -> Generator[None]:
+    """Turns exhausted file descriptors into a StoreError that says which limit to raise."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OUT_OF_DESCRIPTORS:
+            raise
+        limit = f"this process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,}: raise it with `ulimit -n`"
+        if error.errno == errno.ENFILE:
+            limit = "no process of the machine gets more: raise `sysctl fs.file-max`, or lower others' `ulimit -n`"
+        raise StoreUnreachableError(f"{where} cannot be opened, as too many files are open; {limit}") from error

@@ -4,22 +4,24 @@ Opening reads one small JSON file and maps the arrays, whatever the size of the 
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
 from feature_store.arrays import ArrayInfo, check_column, open_column
 from feature_store.caption_table import CaptionTable, VideoCaptions, unpack_ids
-from feature_store.files import crc32c, unseal
+from feature_store.files import crc32c, descriptor_guard, unseal
 from feature_store.layout import CURRENT, SNAPSHOTS, StoreMeta, open_store
+from feature_store.published import SNAPSHOT_JSON, Tree
 from feature_store.storage import Root
-from vlm_dist.errors import StoreError
+from vlm_dist.errors import StoreError, StoreUnreachableError
 
 VIDEO_COLUMNS = ("shard", "row", "n_rows", "crc32c", "status")
 STATUS_OK = 0
 _POINTERS = ("clip_ptr", "tok_ptr", "text_ptr", "caption_crc32c")
+Found = TypeVar("Found")
 _CHECKED_AT_ONCE = ("video_id", "video_id_ptr", *VIDEO_COLUMNS, *_POINTERS)
 
 
@@ -37,8 +39,13 @@ class StoreIndex:
         details: the rest of snapshot.json (captions, failed, parent, ...).
     """
 
-    def __init__(self, root: Root, snapshot: str = "", fresh: bool = False) -> None:
-        """Opens the snapshot of that name, or the one that CURRENT names; `fresh` distrusts what this node keeps of it.
+    def __init__(self, root: Root, snapshot: str = "", folder: Path | None = None) -> None:
+        """Opens a snapshot.
+
+        Args:
+            root: the store.
+            snapshot: of that name; empty takes the one that CURRENT names.
+            folder: where the caller has it, as `Storage.copied` gives it; else the store's own, or what the node keeps.
 
         Raises:
             StoreError: no store, no snapshot yet, or a damaged one.
@@ -47,28 +54,65 @@ class StoreIndex:
         self.name = snapshot or current_snapshot(self.meta)
         if not self.name:
             raise StoreError(f"{root} has no finished extraction yet: run `vlm-dist extract` on it again")
+        self._tree = Tree(folder) if folder else self._find()
+        self._sound(self._map)
+
+    def _find(self) -> Tree:
         try:
-            self.folder = self.meta.storage.tree(f"{SNAPSHOTS}/{self.name}", fresh)
-            path = self.folder / "snapshot.json"
-            # Snapshots of schema 1 have no marks.
-            self.details: dict[str, Any] = {"deleted": {}, "splits": {}} | unseal(path.read_bytes(), path)
+            with descriptor_guard(self.meta.place(snapshot_key(self.name))):
+                return self.meta.storage.tree(snapshot_key(self.name))
         except FileNotFoundError:
-            raise StoreError(
-                f"{root} has no index snapshot {self.name}; run `vlm-dist store verify --repair` on it"
-            ) from None
+            raise self._missing() from None
+
+    def _map(self) -> None:
+        """Maps the columns."""
+        path = self.folder / SNAPSHOT_JSON
+        try:
+            self.details: dict[str, Any] = snapshot_details(path.read_bytes(), path)
+        except FileNotFoundError:
+            raise self._missing() from None
         self.fingerprint: str = self.details["fingerprint"]
         arrays = self.details["arrays"]
-        self._ids = open_column(self.folder, "video_id", arrays["video_id"])
-        self._id_ptr = open_column(self.folder, "video_id_ptr", arrays["video_id_ptr"])
-        columns = (open_column(self.folder, name, arrays[name]) for name in VIDEO_COLUMNS)
-        self.shard, self.row, self.n_rows, self.crc32c, self.status = columns
-        self.captions = CaptionTable.open(self.folder, arrays)
+        with descriptor_guard(self.folder):
+            self._ids = open_column(self.folder, "video_id", arrays["video_id"])
+            self._id_ptr = open_column(self.folder, "video_id_ptr", arrays["video_id_ptr"])
+            columns = (open_column(self.folder, name, arrays[name]) for name in VIDEO_COLUMNS)
+            self.shard, self.row, self.n_rows, self.crc32c, self.status = columns
+            self.captions = CaptionTable.open(self.folder, arrays)
         self.clip_ptr, self.tok_ptr = self.captions.clip_ptr, self.captions.tok_ptr
         self.clip_start_ms, self.clip_end_ms = self.captions.clip_start_ms, self.captions.clip_end_ms
         self.clip_ntok, self.tokens = self.captions.clip_ntok, self.captions.tokens
 
+    def _sound(self, look: Callable[[], Found]) -> Found:
+        """What `look` finds; where it meets damage in a copy that this node keeps, it looks at a new copy, once."""
+        try:
+            return look()
+        except StoreUnreachableError:
+            raise
+        except StoreError:
+            if not self._renew():
+                raise
+        return look()
+
+    def _renew(self) -> bool:
+        """Maps a new copy, where this is one that the node keeps."""
+        if not self._tree.drop():
+            return False
+        self._tree = self._find()
+        self._map()
+        return True
+
+    def _missing(self) -> StoreError:
+        root = self.meta.root
+        return StoreError(f"{root} has no index snapshot {self.name}; run `vlm-dist store verify --repair` on it")
+
     def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
         return type(self), (self.meta.root, self.name)
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are now; what is opened below it later must be held by this index."""
+        return self._tree.folder
 
     @property
     def num_videos(self) -> int:
@@ -88,7 +132,11 @@ class StoreIndex:
     @property
     def tokenizer_dir(self) -> Path | None:
         """Folder of the tokenizer that made the tokens; None before there are captions."""
-        return self.folder / "tokenizer" if self.details["captions"] else None
+        if not self.details["captions"]:
+            return None
+        if not (self.folder / "tokenizer").is_dir():
+            self._renew()
+        return self.folder / "tokenizer"
 
     def video_id(self, video: int) -> str:
         """Id of a video by number."""
@@ -125,10 +173,13 @@ class StoreIndex:
 
         About 100 bytes a video are read; the columns over clips and tokens are compared a video at a time.
         """
-        self._require_sound("", {name: self.details["arrays"][name] for name in _CHECKED_AT_ONCE})
+        self._sound(lambda: self._require("", {name: self.details["arrays"][name] for name in _CHECKED_AT_ONCE}))
 
     def check_captions(self, video: int) -> VideoCaptions:
         """Captions of a video whose checksum is compared; StoreError names the video where it differs."""
+        return self._sound(lambda: self._sound_captions(video))
+
+    def _sound_captions(self, video: int) -> VideoCaptions:
         captions = self.captions.video(video)
         if captions.crc32c() != self.captions.caption_crc32c[video]:
             raise StoreError(
@@ -139,6 +190,9 @@ class StoreIndex:
 
     def pending(self) -> tuple[list[bytes], CaptionTable] | None:
         """Ids and captions that wait for features, if there are any."""
+        return self._sound(self._open_pending)
+
+    def _open_pending(self) -> tuple[list[bytes], CaptionTable] | None:
         arrays = self.details["pending"]
         if not arrays:
             return None
@@ -148,7 +202,7 @@ class StoreIndex:
 
     def deleted(self) -> list[bytes]:
         """Ids of the videos that were deleted from this snapshot; their rows stay where they are."""
-        return self._marked("deleted", self.details["deleted"])
+        return self._sound(lambda: self._marked("deleted", self.details["deleted"]))
 
     @property
     def splits(self) -> list[str]:
@@ -164,27 +218,34 @@ class StoreIndex:
         if name not in self.details["splits"]:
             there = ", ".join(self.splits) or "none"
             raise StoreError(f"{self.meta.root} has no split {name!r} (there is: {there}); make it with `store split`")
-        return self._marked(f"splits/{name}", self.details["splits"][name])
+        return self._sound(lambda: self._marked(f"splits/{name}", self.details["splits"][name]))
 
     def _marked(self, folder: str, arrays: dict[str, ArrayInfo]) -> list[bytes]:
         if not arrays:
             return []
-        self._require_sound(folder, arrays)
+        self._require(folder, arrays)
         raw, ptr = (open_column(self.folder / folder, name, arrays[name]) for name in ("video_id", "video_id_ptr"))
         return unpack_ids(raw, ptr)
 
-    def check_all(self) -> None:
+    def check_all(self) -> bool:
         """Compares every column with its checksum, as it must be before anything is copied into another snapshot.
+
+        Returns:
+            False where a copy that this node keeps was damaged, and is mapped anew: what was taken from the columns
+            before is not to be used.
 
         Raises:
             StoreError: names the first that differs.
         """
-        marks = {f"splits/{name}": arrays for name, arrays in self.details["splits"].items()}
-        parts = {"": self.details["arrays"], "pending": self.details["pending"], "deleted": self.details["deleted"]}
-        for folder, arrays in (parts | marks).items():
-            self._require_sound(folder, arrays)
+        before = self._tree
+        self._sound(self._require_all)
+        return self._tree is before
 
-    def _require_sound(self, folder: str, arrays: dict[str, ArrayInfo]) -> None:
+    def _require_all(self) -> None:
+        for folder, arrays in array_groups(self.details).items():
+            self._require(folder, arrays)
+
+    def _require(self, folder: str, arrays: dict[str, ArrayInfo]) -> None:
         for name, info in arrays.items():
             if not check_column(self.folder / folder, name, info):
                 raise StoreError(
@@ -194,6 +255,23 @@ class StoreIndex:
 
     def _id_bytes(self, video: int) -> bytes:
         return self._ids[self._id_ptr[video] : self._id_ptr[video + 1]].tobytes()
+
+
+def snapshot_key(name: str) -> str:
+    """Where a snapshot is published."""
+    return f"{SNAPSHOTS}/{name}"
+
+
+def snapshot_details(data: bytes, where: Path | str) -> dict[str, Any]:
+    """What snapshot.json says; StoreError where it is damaged. Snapshots of schema 1 have no marks."""
+    marks: dict[str, Any] = {"deleted": {}, "splits": {}}
+    return marks | unseal(data, where)
+
+
+def array_groups(details: dict[str, Any]) -> dict[str, dict[str, ArrayInfo]]:
+    """All arrays of a snapshot, by their folder in it."""
+    marks = {f"splits/{name}": arrays for name, arrays in details["splits"].items()}
+    return {"": details["arrays"], "pending": details["pending"], "deleted": details["deleted"]} | marks
 
 
 def current_snapshot(meta: StoreMeta) -> str:

@@ -4,6 +4,8 @@ Quick: plan, commit records, shard files (size), index snapshots and captions fi
 States that a kill can leave (a staged attempt, a commit that is not published yet) are no problems.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +16,13 @@ from feature_store.arrays import check_column
 from feature_store.caption_table import COLUMNS, CaptionTable
 from feature_store.commit import Commit, commit_key, committed_shards, read_commit, staged_key
 from feature_store.files import crc32c
-from feature_store.index import StoreIndex, current_snapshot
-from feature_store.layout import CHUNK_ROWS, CRC_BYTES, CURRENT, FEATURES_JSON, StoreMeta, shard_key
+from feature_store.index import StoreIndex, array_groups, current_snapshot, snapshot_key
+from feature_store.layout import CHUNK_ROWS, CRC_BYTES, CURRENT, FEATURES_JSON, SNAPSHOTS, StoreMeta, shard_key
 from feature_store.plan import array_fits, read_segment, segment_numbers
 from feature_store.plan_repair import missing_segments
 from feature_store.shard import bad_chunks, shard_bytes
 from feature_store.snapshot import row_milliseconds, snapshot_names
+from feature_store.snapshot_files import wrong_file
 from feature_store.storage import fetched
 from feature_store.tokenizer import load_tokenizer
 from vlm_dist.errors import StoreUnreachableError, VlmDistError
@@ -187,20 +190,44 @@ class Inspection:
         except VlmDistError as error:
             self._report("index", CURRENT, error)
             current = names[-1] if names else ""
+        # Of the others quick looks at names and sizes: there may be many, each as large as the captions.
+        looked_at = names if self.deep else {*names[-1:], current}
+        sizes = {} if self.deep else self.meta.storage.sizes(SNAPSHOTS)
         for name in names:
             before = len(self.problems)
             try:
-                index = StoreIndex(self.meta.root, name, fresh=self.fresh)
-                self._tables(index)
-                if name == max(names[-1], current):
-                    self.deleted = {key.decode() for key in index.deleted()}
-                    self._against_commits(index)
+                if name in looked_at:
+                    self._snapshot(name, counts=name == max(names[-1], current))
+                elif wrong := wrong_file(self.meta, name, sizes):
+                    self._report("index", f"snapshot {name}", wrong)
             except StoreUnreachableError:
                 raise
+            except FileNotFoundError:
+                self._report("index", f"snapshot {name}", "has lost its files")
             except (VlmDistError, KeyError, ValueError, UnicodeDecodeError) as error:
                 self._report("index", f"snapshot {name}", error)
             if any(problem.where.startswith("snapshot") for problem in self.problems[before:]):
                 self.bad_snapshots.append(name)
+
+    def _snapshot(self, name: str, counts: bool) -> None:
+        """A whole snapshot; where it `counts`, as the one that readers open, also against the commits."""
+        with self._opened(name) as index:
+            self._tables(index)
+            if counts:
+                self.deleted = {key.decode() for key in index.deleted()}
+                self._against_commits(index)
+
+    @contextmanager
+    def _opened(self, name: str) -> Generator[StoreIndex]:
+        """A snapshot as the store has it."""
+        if self.fresh:
+            with self.meta.storage.copied(snapshot_key(name)) as folder:
+                yield StoreIndex(self.meta.root, name, folder)
+        else:
+            index = StoreIndex(self.meta.root, name)
+            if self.meta.storage.local("") is None:
+                index.check_all()  # a damaged copy of this node is not judged, but fetched again
+            yield index
 
     def _against_commits(self, index: StoreIndex) -> None:
         """Every video of the snapshot that readers open must be in a sound commit, as it was committed."""
@@ -225,9 +252,7 @@ class Inspection:
                 self._report("captions", f"{where} {part}".strip(), wrong)
         if not self.deep:
             return
-        marks = {f"splits/{name}": arrays for name, arrays in index.details["splits"].items()}
-        parts = {name: index.details[name] for name in ("arrays", "pending", "deleted")} | marks
-        for part, arrays in (("" if name == "arrays" else name, arrays) for name, arrays in parts.items()):
+        for part, arrays in array_groups(index.details).items():
             for name, info in arrays.items():
                 if check_column(index.folder / part, name, info):
                     continue

@@ -4,12 +4,13 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from feature_store.files import SCRATCH, disk_guard, fsync_dir, write_durable
+from feature_store.published import Location, Tree
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,16 @@ class LocalStorage:
         fsync_dir(self.path(key).parent)
         return True
 
-    def tree(self, key: str, fresh: bool = False) -> Path:
-        path = self.path(key)
+    def tree(self, key: str) -> Tree:
+        location = Location.of(self, key)
+        path = self.path(location.folder if location else key)
         if not path.is_dir():
             raise FileNotFoundError(path)
-        return path
+        return Tree(path)
+
+    @contextmanager
+    def copied(self, key: str) -> Generator[Path]:
+        yield self.tree(key).folder
 
     def local(self, key: str) -> Path | None:
         return self.path(key)

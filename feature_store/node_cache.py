@@ -1,53 +1,88 @@
 """What a node keeps of a store in a bucket: index snapshots to map, and shards up to a budget (storage → reader).
 
-Shared by all processes of a node; a file appears by rename, and the least recently used shards go first. Deleting what
-another process has open or mapped does not disturb it.
+Shared by all processes of a node; the least recently used go first. Deleting what another process has open or mapped
+does not disturb it; a tree, of which files are opened later as well, is spared while a process of the node holds it.
 """
 
 import fcntl
-import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vlm_dist.errors import StoreUnreachableError
+from feature_store.node_files import (
+    Fill,
+    appear,
+    by_age,
+    cache_folder,
+    digest,
+    remove,
+    remove_unused,
+    same,
+    sweep,
+    turn,
+    usable,
+)
+from feature_store.published import Tree
 
-VARIABLE = "FEATURE_STORE_CACHE"
-_KEPT_TREES = 4  # newest snapshots of a store; running jobs may hold older ones open
-_LOCKS = 64
+_KEPT_TREES = 4  # of a store, beside older ones that are in use
 
 
-def cache_folder() -> Path:
-    """The node's cache: $FEATURE_STORE_CACHE, or vlm-dist in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(VARIABLE) or Path(base) / "vlm-dist")
+class KeptTree(Tree):
+    """A copy of a published folder on this node, which stays there while somebody holds this."""
+
+    def __init__(self, folder: Path, descriptor: int) -> None:
+        super().__init__(folder)
+        self._descriptor = descriptor  # of the folder, with a shared lock on it
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def drop(self) -> bool:
+        with usable(self.folder), turn(self.folder.name):
+            if same(self.folder, self._descriptor):  # else another process was faster, and a new copy is there
+                remove(self.folder)
+        return True
 
 
-def tree_folder(address: str, name: str) -> Path:
-    """Where a published folder of a store lies on this node (whether it is there or not)."""
-    return cache_folder() / "trees" / _digest(address) / name.replace("/", "-")
+def keep_tree(address: str, name: str, fill: Fill) -> KeptTree:
+    """This node's copy of a published folder.
+
+    Args:
+        address: of the store.
+        name: of the folder and its content.
+        fill: makes the folder and fills it, where there is no copy yet.
+    """
+    final = cache_folder() / "trees" / digest(address) / name.replace("/", "-")
+    with usable(final):
+        if tree := _hold(final):
+            return tree
+        while True:
+            appear(final, fill)
+            if tree := _hold(final):  # before others go, so that it is not one of them
+                _evict_trees(final.parent)
+                return tree
 
 
-def keep_tree(final: Path, fill: Callable[[Path], None]) -> None:
-    """Lets `fill` fill an empty folder, which then appears as `final`; nothing to do where it is there."""
-    if final.is_dir():
-        return
-    with _usable(final), _turn(final.name):
-        if final.is_dir():  # another process was faster
-            return
-        staged = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
-        try:
-            staged.mkdir(parents=True)
-            fill(staged)
-            staged.rename(final)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-    trees = [path for path in final.parent.iterdir() if path.name[0] != "."]
-    for old in sorted(trees, key=lambda path: path.stat().st_mtime)[:-_KEPT_TREES]:
-        shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def own_copy(fill: Fill) -> Generator[Path]:
+    """A folder that `fill` makes and fills, for this caller only; it goes away after the block."""
+    copies = cache_folder() / "copies"
+    folder = copies / uuid.uuid4().hex
+    with usable(folder), turn(copies.name):
+        folder.mkdir(parents=True)
+        held = _hold(folder)
+        for killed in copies.iterdir():  # nobody holds what a killed process left
+            remove_unused(killed)
+    try:
+        with usable(folder):
+            fill(folder / "copy")
+        yield folder / "copy"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        del held
 
 
 class ShardCache:
@@ -57,78 +92,62 @@ class ShardCache:
         self.budget = budget
         self.folder = cache_folder() / "shards"
 
-    def open(self, tag: str, fill: Callable[[Path], None]) -> int:
+    def open(self, tag: str, fill: Fill) -> int:
         """A descriptor of the file of that tag, filled at first use.
 
         Args:
             tag: names store, shard and content.
             fill: writes a verified file at a path.
         """
-        path = self.folder / _digest(tag)
+        path = self.folder / digest(tag)
         while True:
             with suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                os.utime(descriptor)
+                _touch(descriptor)
                 return descriptor
-            self._fill(path, fill)
+            with usable(path):
+                appear(path, fill)
+                self._evict(path)
 
-    def _fill(self, path: Path, fill: Callable[[Path], None]) -> None:
-        with _usable(path), _turn(path.name):
-            if path.exists():
-                return
-            temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                fill(temp)
-                temp.replace(path)
-            finally:
-                temp.unlink(missing_ok=True)
-        self._evict(path)
+    def drop(self, tag: str, descriptor: int) -> None:
+        """Gives up the file that was opened as this descriptor, whose bytes are bad; whoever opens it next fills it."""
+        path = self.folder / digest(tag)
+        with usable(path), turn(path.name):
+            if same(path, descriptor):
+                remove(path)
 
     def _evict(self, newest: Path) -> None:
-        files: list[tuple[float, int, Path]] = []
-        for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                files.append((status.st_mtime, status.st_size, path))
+        sweep(self.folder)
+        files = by_age(self.folder)
         total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
+        for _, size, path in files:
             if total <= self.budget:
                 return
-            if path != newest and path.name[0] != ".":
+            if path != newest:
                 path.unlink(missing_ok=True)
                 total -= size
 
 
-@contextmanager
-def _usable(path: Path) -> Generator[None]:
-    """What goes wrong with the node's own disk is never taken for a damage of the store."""
+def _hold(final: Path) -> KeptTree | None:
+    """The tree, in use from now on; None where it is not there (any more)."""
     try:
-        yield
-    except FileNotFoundError as error:
-        if error.filename is None or not str(error.filename).startswith(str(cache_folder())):
-            raise  # an object of the store that is not there
-        raise _unusable(path, error) from error
-    except OSError as error:
-        raise _unusable(path, error) from error
+        descriptor = os.open(final, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    tree = KeptTree(final, descriptor)  # closes it
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    _touch(descriptor)
+    return tree if same(final, descriptor) else None
 
 
-def _unusable(path: Path, error: OSError) -> StoreUnreachableError:
-    return StoreUnreachableError(
-        f"this node's copy {path} of a store cannot be written: {error.strerror or error}. "
-        f"Free some space there, or name another folder with {VARIABLE}"
-    )
+def _evict_trees(folder: Path) -> None:
+    sweep(folder)
+    for _, _, old in by_age(folder)[:-_KEPT_TREES]:
+        with turn(old.name, wait=False) as mine:
+            if mine:
+                remove_unused(old)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _turn(name: str) -> Generator[None]:
-    """One process of the node at a time for (nearly) each name, so that nothing is fetched twice."""
-    folder = cache_folder() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / str(int(_digest(name), 16) % _LOCKS)).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _touch(descriptor: int) -> None:
+    with suppress(OSError):  # a cache that others filled for us
+        os.utime(descriptor)

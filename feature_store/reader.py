@@ -6,7 +6,7 @@ it as well.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -37,6 +37,15 @@ class _Run(NamedTuple):
     def length(self) -> int:
         return sum(map(len, self.buffers))
 
+    def scatter(self, data: bytes) -> int:
+        """Fills the buffers with the whole piece; its bytes, if there are fewer."""
+        done = 0
+        if len(data) == self.length:
+            for buffer in self.buffers:
+                buffer[:] = data[done : done + len(buffer)]
+                done += len(buffer)
+        return len(data)
+
 
 class _Read(NamedTuple):
     """One video's read: its rows to be, and the pieces that they come from."""
@@ -46,6 +55,10 @@ class _Read(NamedTuple):
     shard: ShardSource
     runs: list[_Run]
     checked: bool
+
+    @property
+    def length(self) -> int:
+        return sum(run.length for run in self.runs)
 
 
 class FeatureReader:
@@ -114,16 +127,7 @@ class FeatureReader:
             for read in reads:
                 for run in read.runs:
                     read.shard.advise(run.offset, run.length)
-        ranged = [read for read in reads if read.shard.ranged]
-        if ranged:
-            self._fetch(ranged)
-        for read in reads:
-            if not read.shard.ranged:
-                for run in read.runs:
-                    self._require(read, run, read.shard.read(run.buffers, run.offset))
-            if read.checked:
-                self._compare(read)
-        return [read.features for read in reads]
+        return [self._complete(read, got) for read, got in zip(reads, self._fill(reads), strict=True)]
 
     def close(self) -> None:
         """Closes all shards; the next read opens them again."""
@@ -170,40 +174,55 @@ class FeatureReader:
             done += take
         return runs
 
-    def _fetch(self, reads: Iterable[_Read]) -> None:
-        """Asks for all pieces at once, as each takes the bucket some milliseconds."""
-        wanted = [(read, run) for read in reads for run in read.runs]
-        ranges = [(shard_key(int(self.index.shard[read.video])), run.offset, run.length) for read, run in wanted]
-        for (read, run), data in zip(wanted, self.meta.storage.read_ranges(ranges), strict=True):
-            self._require(read, run, len(data))
-            done = 0
-            for buffer in run.buffers:
-                buffer[:] = data[done : done + len(buffer)]
-                done += len(buffer)
+    def _fill(self, reads: Sequence[_Read]) -> list[int]:
+        """Reads all pieces: how many bytes each video got. A bucket is asked for all at once, as each takes a while."""
+        ranged = [(read, run) for read in reads if read.shard.ranged for run in read.runs]
+        ranges = [(shard_key(int(self.index.shard[read.video])), run.offset, run.length) for read, run in ranged]
+        pieces = self.meta.storage.read_ranges(ranges)
+        return [
+            sum(run.scatter(next(pieces)) for run in read.runs)
+            if read.shard.ranged
+            else sum(read.shard.read(run.buffers, run.offset) for run in read.runs)
+            for read in reads
+        ]
 
-    def _require(self, read: _Read, run: _Run, got: int) -> None:
-        if got != run.length:
-            raise StoreError(
-                f"{self._name(read.video)}: {read.shard.where} ends early ({got} of {run.length} bytes). {REPAIR}"
-            )
+    def _complete(self, read: _Read, got: int) -> np.ndarray:
+        """Features of a read that is filled.
 
-    def _compare(self, read: _Read) -> None:
-        if crc32c(read.features) != self.index.crc32c[read.video]:
-            raise StoreError(
-                f"{self._name(read.video)}: the bytes differ from those committed ({self._blame(read.video)}). {REPAIR}"
-            )
-        self.index.check_captions(read.video)
+        Where something is wrong with them they are read again, once, before the store is blamed: what this node keeps
+        of the shard or of the snapshot may be what is damaged.
+        """
+        if self._wrong(read, got):
+            read.shard.drop()
+            self._open.pop(int(self.index.shard[read.video]), None)
+            self.index.check_columns()
+            read = self._plan(read.video)._replace(checked=read.checked)
+            (got,) = self._fill([read])
+            if wrong := self._wrong(read, got):
+                raise StoreError(f"{self._name(read.video)}: {wrong}{self._blame(read, got)}. {REPAIR}")
+        if read.checked:
+            self.index.check_captions(read.video)
+        return read.features
+
+    def _wrong(self, read: _Read, got: int) -> str:
+        """What is wrong with a read; empty where nothing is, or nobody compares."""
+        if got != read.length:
+            return f"{read.shard.where} ends early ({got} of {read.length} bytes)"
+        if read.checked and crc32c(read.features) != self.index.crc32c[read.video]:
+            return "the bytes differ from those committed"
+        return ""
 
     def _name(self, video: int) -> str:
         return f"video {self.index.video_id(video)}, shard {int(self.index.shard[video])}"
 
-    def _blame(self, video: int) -> str:
-        """Which chunks of the video fail their own checksum."""
-        first = int(self.index.row[video])
-        last = first + int(self.index.n_rows[video]) - 1
+    def _blame(self, read: _Read, got: int) -> str:
+        """Which chunks of a video that was read whole fail their own checksum."""
+        if got != read.length:
+            return ""
+        first = int(self.index.row[read.video])
+        last = first + int(self.index.n_rows[read.video]) - 1
         chunks = range(first // CHUNK_ROWS, last // CHUNK_ROWS + 1)
-        with fetched(self.meta.storage, shard_key(int(self.index.shard[video]))) as path:
+        with fetched(self.meta.storage, shard_key(int(self.index.shard[read.video]))) as path:
             bad = [str(chunk) for chunk, _ in bad_chunks(self.meta, path) if chunk in chunks]
-        return (
-            f"chunk {', '.join(bad)} is damaged" if bad else f"chunks {chunks.start} to {chunks.stop - 1} hold others"
-        )
+        whole = f"chunks {chunks.start} to {chunks.stop - 1} hold others"
+        return f" (chunk {', '.join(bad)} is damaged)" if bad else f" ({whole})"

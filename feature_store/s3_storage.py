@@ -7,25 +7,28 @@ Cloudflare R2, MinIO and Ceph have.
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import json
 import os
-import shutil
 import tempfile
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
-from feature_store.files import crc32c, file_crc32c, seal, unseal
-from feature_store.node_cache import keep_tree, tree_folder
+from feature_store.files import crc32c, file_crc32c
+from feature_store.node_cache import keep_tree, own_copy
+from feature_store.published import Location, Tree, in_order
 from vlm_dist.errors import ConfigError, StoreError, StoreUnreachableError
 
-LOCATION = "LOCATION"  # in a published folder: where its objects are, and their checksums
+if TYPE_CHECKING:
+    from obstore import ObjectMeta  # there for type checkers only
+
 _AT_ONCE = 16  # requests in flight, and objects read ahead
 _PART_BYTES = 16 << 20
 
@@ -65,9 +68,11 @@ class S3Storage:
             return None
 
     def sizes(self, folder: str) -> dict[str, int]:
+        return {found["path"]: found["size"] for found in self._listed(folder)}
+
+    def _listed(self, folder: str) -> "list[ObjectMeta]":
         with self._errors(folder):
-            batches = obstore.list(self._client, prefix=folder or None)
-            return {str(found["path"]): int(found["size"]) for batch in batches for found in batch}
+            return [found for batch in obstore.list(self._client, prefix=folder or None) for found in batch]
 
     def names(self, folder: str) -> list[str]:
         with self._errors(folder):
@@ -105,15 +110,21 @@ class S3Storage:
         return True
 
     def move(self, key: str, target: str) -> bool:
-        for source, final in ((key, target), (f"{key}/{LOCATION}", f"{target}/{LOCATION}")):
-            try:
-                with self._errors(source):
-                    obstore.copy(self._client, source, final)
+        if self._move([key], key, target):
+            return True
+        return self._move(in_order(found["path"] for found in self._listed(f"{key}/")), key, target)
+
+    def _move(self, sources: Sequence[str], key: str, target: str) -> bool:
+        """Copies all, then removes all: a kill leaves a folder that is still seen there, and moved again."""
+        try:
+            with self._errors(key):
+                for source in sources:
+                    obstore.copy(self._client, source, target + source.removeprefix(key))
+                for source in sources:
                     obstore.delete(self._client, source)
-                return True
-            except FileNotFoundError:
-                continue
-        return False
+        except FileNotFoundError:  # somebody else has moved it
+            return False
+        return bool(sources)
 
     def sync(self, folder: str) -> None:
         pass  # what a bucket has answered for is durable
@@ -137,30 +148,46 @@ class S3Storage:
     def publish(self, folder: Path, key: str) -> bool:
         place = f"{key}.{uuid.uuid4().hex}"
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        told = {name: [path.stat().st_size, file_crc32c(path)] for name, path in files.items()}
+        told = {name: (path.stat().st_size, file_crc32c(path)) for name, path in files.items()}
         for name, path in files.items():
             self.upload(path, f"{place}/{name}")
-        if self.create(f"{key}/{LOCATION}", seal({"folder": place, "files": told})):
+        if self.create(Location.key(key), Location(place, told).sealed()):
             return True
         self.remove(place)
         return False
 
-    def tree(self, key: str, fresh: bool = False) -> Path:
-        location = unseal(self.read(f"{key}/{LOCATION}"), f"{self._address}/{key}/{LOCATION}")
-        final = tree_folder(self._address, location["folder"])
-        if fresh:
-            shutil.rmtree(final, ignore_errors=True)
-        keep_tree(final, lambda staged: self._fetch(location["folder"], location["files"], staged))
-        return final
+    def tree(self, key: str) -> Tree:
+        name, fetch = self._published(key)
+        return keep_tree(self._address, name, fetch)
 
-    def _fetch(self, place: str, files: dict[str, list[int]], folder: Path) -> None:
+    @contextmanager
+    def copied(self, key: str) -> Generator[Path]:
+        with own_copy(self._published(key)[1]) as folder:
+            yield folder
+
+    def _published(self, key: str) -> tuple[str, Callable[[Path], None]]:
+        """A name for a published folder and what is in it, and what fetches it as a local one."""
+        if location := Location.of(self, key):  # its folder's name is never used again
+            return location.folder, lambda folder: self._fetch(location.folder, location.files, folder)
+        found = sorted(self._listed(f"{key}/"), key=lambda item: item["path"])
+        if not found:
+            raise FileNotFoundError(key)
+        # A copy that is at work may be completed later: another listing has another name.
+        files = {item["path"].removeprefix(f"{key}/"): (item["size"], None) for item in found}
+        content = json.dumps([[*files.items()], [item["e_tag"] for item in found]])
+        return f"{key}.{crc32c(content.encode()):08x}", lambda folder: self._fetch(key, files, folder)
+
+    def _fetch(self, place: str, files: Mapping[str, tuple[int, int | None]], folder: Path) -> None:
+        folder.mkdir()
         for name, (size, crc) in files.items():
-            data = self.read(f"{place}/{name}")
-            if len(data) != size or crc32c(data) != crc:
-                raise StoreError(
-                    f"{self._address}/{place}/{name} is damaged (crc32c differs); "
-                    "run `vlm-dist store verify --repair` on the store"
-                )
+            try:
+                data = self.read(f"{place}/{name}")
+                wrong = "" if len(data) == size and crc in (None, crc32c(data)) else "is damaged (crc32c differs)"
+            except FileNotFoundError:
+                data, wrong = b"", "is missing"
+            if wrong:
+                mend = "run `vlm-dist store verify --repair` on the store"
+                raise StoreError(f"{self._address}/{place}/{name} {wrong}; {mend}")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
 

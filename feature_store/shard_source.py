@@ -5,10 +5,12 @@ Each knows where its chunks begin, and scatters a contiguous run of its bytes in
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from feature_store.files import descriptor_guard
 from feature_store.layout import StoreMeta, shard_key
 from feature_store.node_cache import ShardCache
 from feature_store.shard import REPAIR, bad_chunks, index_bytes, parse_index
@@ -34,6 +36,10 @@ class ShardSource(Protocol):
         """Says what will be read soon."""
         ...
 
+    def drop(self) -> None:
+        """Says that the bytes are bad: where they are a copy that this node keeps, the next one opened is a new one."""
+        ...
+
 
 def open_shard(meta: StoreMeta, shard: int, cache: ShardCache | None, mapped: bool) -> ShardSource:
     """Opens a shard and checks its chunk index.
@@ -45,19 +51,20 @@ def open_shard(meta: StoreMeta, shard: int, cache: ShardCache | None, mapped: bo
         mapped: map a shard that is a file, for stores that fit into memory.
 
     Raises:
-        StoreError: the shard is missing, cut short, or its chunk index is damaged.
+        StoreError: the shard is missing, cut short, or its chunk index is damaged; too many files are open.
     """
     key = shard_key(shard)
     where = meta.place(key)
     try:
-        path = meta.storage.local(key)
-        if path is not None:
-            kind = MappedShard if mapped else FileShard
-            return kind(meta, where, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        raw, _, tag = meta.storage.read_end(key, index_bytes(meta))
-        if cache is None:
-            return RangedShard(meta, where, raw)
-        return FileShard(meta, where, cache.open(f"{where}#{tag}", lambda path: _fetch(meta, key, path)))
+        with descriptor_guard(where):
+            path = meta.storage.local(key)
+            if path is not None:
+                kind = MappedShard if mapped else FileShard
+                return kind(meta, where, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            raw, _, tag = meta.storage.read_end(key, index_bytes(meta))
+            if cache is None:
+                return RangedShard(meta, where, raw)
+            return _kept_shard(meta, key, raw, cache, f"{where}#{tag}")
     except FileNotFoundError:
         raise StoreError(f"shard {shard}: {where} is missing. {REPAIR}") from None
 
@@ -80,6 +87,20 @@ class FileShard:
 
     def advise(self, offset: int, length: int) -> None:
         os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def drop(self) -> None:
+        pass
+
+
+class KeptShard(FileShard):
+    """The descriptor of a copy that the node keeps."""
+
+    def __init__(self, meta: StoreMeta, where: str, descriptor: int, drop: Callable[[int], None]) -> None:
+        self._drop = drop
+        super().__init__(meta, where, descriptor)
+
+    def drop(self) -> None:
+        self._drop(self._descriptor)
 
 
 class MappedShard:
@@ -111,6 +132,9 @@ class MappedShard:
         ahead = offset % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, offset - ahead, length + ahead)
 
+    def drop(self) -> None:
+        pass
+
 
 class RangedShard:
     """An object that is read by ranges."""
@@ -127,11 +151,29 @@ class RangedShard:
     def advise(self, offset: int, length: int) -> None:
         pass
 
+    def drop(self) -> None:
+        pass
+
 
 def _offsets(meta: StoreMeta, where: str, descriptor: int) -> list[int]:
+    return parse_index(meta, _end(meta, descriptor), where)[:, 0].tolist()
+
+
+def _end(meta: StoreMeta, descriptor: int) -> bytes:
     size = os.fstat(descriptor).st_size
-    raw = os.pread(descriptor, index_bytes(meta), max(0, size - index_bytes(meta)))
-    return parse_index(meta, raw, where)[:, 0].tolist()
+    return os.pread(descriptor, index_bytes(meta), max(0, size - index_bytes(meta)))
+
+
+def _kept_shard(meta: StoreMeta, key: str, end: bytes, cache: ShardCache, tag: str) -> KeptShard:
+    """The node's copy of a shard; fetched again, once, where it does not end with the shard's own chunk index."""
+    descriptor = cache.open(tag, lambda path: _fetch(meta, key, path))
+    if _end(meta, descriptor) != end:
+        try:
+            cache.drop(tag, descriptor)
+        finally:
+            os.close(descriptor)
+        descriptor = cache.open(tag, lambda path: _fetch(meta, key, path))
+    return KeptShard(meta, meta.place(key), descriptor, partial(cache.drop, tag))
 
 
 def _fetch(meta: StoreMeta, key: str, path: Path) -> None:

@@ -19,8 +19,9 @@ from feature_store.caption_table import CaptionTable, TableWriter, pack_ids
 from feature_store.commit import roll_all_forward, sweep_staging
 from feature_store.draft import Captions, Draft, Marks, VideoColumns
 from feature_store.files import disk_guard, fsync_dir, seal, write_durable
-from feature_store.index import STATUS_OK, StoreIndex, current_line
+from feature_store.index import STATUS_OK, StoreIndex, current_line, snapshot_key
 from feature_store.layout import CURRENT, SNAPSHOTS, VOIDED, StoreMeta, open_store, scratch_name
+from feature_store.published import SNAPSHOT_JSON
 from feature_store.storage import Root
 
 _VOIDED = "snapshot-"
@@ -62,13 +63,13 @@ def update_snapshot(meta: StoreMeta, build: Callable[[StoreIndex | None], Draft 
         draft = build(parent)
         if draft is None:
             return newest
-        if parent:
-            parent.check_all()  # what is copied gets new checksums: damage would be sealed with them
+        if parent and not parent.check_all():  # what is copied gets new checksums: damage would be sealed with them
+            continue
         staged = meta.storage.scratch(scratch_name("snapshot"))
         try:
             with disk_guard(staged, _size(draft)):
                 _write(meta, staged, newest, draft)
-                published = meta.storage.publish(staged, f"{SNAPSHOTS}/{name}")
+                published = meta.storage.publish(staged, snapshot_key(name))
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         if published:
@@ -118,7 +119,7 @@ def row_milliseconds(meta: StoreMeta) -> int:
 
 def void_snapshot(meta: StoreMeta, name: str) -> None:
     """Takes a snapshot out, aside to `_voided`; its number is never used again."""
-    meta.storage.move(f"{SNAPSHOTS}/{name}", f"{VOIDED}/{_VOIDED}{name}")
+    meta.storage.move(snapshot_key(name), f"{VOIDED}/{_VOIDED}{name}")
 
 
 def snapshot_videos(index: StoreIndex) -> VideoColumns:
@@ -206,7 +207,7 @@ def _write(meta: StoreMeta, folder: Path, parent: str, draft: Draft) -> None:
         "captions": details,
         "fingerprint": _fingerprint(meta, arrays, details.get("tokenizer_sha256", "")),
     }
-    write_durable(folder / "snapshot.json", seal(body))
+    write_durable(folder / SNAPSHOT_JSON, seal(body))
     fsync_dir(folder)
 
 

@@ -7,11 +7,12 @@ knows no file system and no bucket.
 
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from feature_store.local_storage import LocalStorage
+from feature_store.published import Tree
 from vlm_dist.errors import ConfigError
 
 Root = str | Path
@@ -89,11 +90,15 @@ class Storage(Protocol):
         """Makes a durable scratch folder a folder of the store, whole, if there is none; True for the one who did."""
         ...
 
-    def tree(self, key: str, fresh: bool = False) -> Path:
-        """A published folder as a local one to map files of; FileNotFoundError where there is none.
+    def tree(self, key: str) -> Tree:
+        """A published folder as a local one to map files of, as long as it is held; FileNotFoundError where none is.
 
-        With `fresh`, a copy that this node keeps of it is not trusted.
+        It may be a copy that this node keeps, whose bytes may have gone bad since it came: see `Tree.drop`.
         """
+        ...
+
+    def copied(self, key: str) -> AbstractContextManager[Path]:
+        """A published folder as the store has it now, for a block: the folder itself, or a copy that goes away."""
         ...
 
     def local(self, key: str) -> Path | None:
