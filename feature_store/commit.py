@@ -173,15 +173,3 @@ def staged_attempts(meta: StoreMeta) -> Iterator[tuple[int, str, str]]:
     for name in meta.storage.names(SCRATCH):
         if match := _ATTEMPT.fullmatch(name):
             yield int(match[1]), match[2], name
-
-
-def sweep_staging(meta: StoreMeta) -> None:
-    """Deletes staged attempts at committed shards: losers can never win any more, winners are published."""
-    committed = set(committed_shards(meta))
-    for shard, attempt, name in staged_attempts(meta):
-        if shard not in committed:
-            continue  # perhaps at work
-        commit = read_commit(meta, shard)
-        if commit.attempt == attempt:
-            roll_forward(meta, commit)
-        meta.storage.remove(f"{SCRATCH}/{name}")

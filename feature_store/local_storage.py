@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -48,6 +49,15 @@ class LocalStorage:
                 if (size := self.size(str(path.relative_to(self.root)))) is not None:  # gone since it was listed
                     found[path.relative_to(self.root).as_posix()] = size
         return found
+
+    def changed(self, key: str) -> float:
+        root = self.path(key)
+        inside = (Path(parent, name) for parent, folders, names in os.walk(root) for name in (*folders, *names))
+        times: list[float] = []
+        for path in (root, *inside):
+            with suppress(FileNotFoundError):
+                times.append(path.lstat().st_mtime)
+        return max(times, default=time.time())
 
     def names(self, folder: str) -> list[str]:
         try:

@@ -6,10 +6,7 @@ does not disturb it; a tree, of which files are opened later as well, is spared 
 
 import fcntl
 import os
-import shutil
-import uuid
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from feature_store.node_files import (
@@ -64,25 +61,6 @@ def keep_tree(address: str, name: str, fill: Fill) -> KeptTree:
             if tree := _hold(final):  # before others go, so that it is not one of them
                 _evict_trees(final.parent)
                 return tree
-
-
-@contextmanager
-def own_copy(fill: Fill) -> Generator[Path]:
-    """A folder that `fill` makes and fills, for this caller only; it goes away after the block."""
-    copies = cache_folder() / "copies"
-    folder = copies / uuid.uuid4().hex
-    with usable(folder), turn(copies.name):
-        folder.mkdir(parents=True)
-        held = _hold(folder)
-        for killed in copies.iterdir():  # nobody holds what a killed process left
-            remove_unused(killed)
-    try:
-        with usable(folder):
-            fill(folder / "copy")
-        yield folder / "copy"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        del held
 
 
 class ShardCache:

@@ -9,7 +9,7 @@ Cloudflare R2, MinIO and Ceph have.
 
 import json
 import os
-import tempfile
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,9 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
 from feature_store.files import crc32c, file_crc32c
-from feature_store.node_cache import keep_tree, own_copy
+from feature_store.node_cache import keep_tree
+from feature_store.node_files import usable
+from feature_store.node_scratch import node_folder, temporary_folder
 from feature_store.published import Location, Tree, in_order
 from vlm_dist.errors import ConfigError, StoreError, StoreUnreachableError
 
@@ -69,6 +71,14 @@ class S3Storage:
 
     def sizes(self, folder: str) -> dict[str, int]:
         return {found["path"]: found["size"] for found in self._listed(folder)}
+
+    def changed(self, key: str) -> float:
+        with self._errors(key):
+            try:
+                found = [obstore.head(self._client, key)]
+            except FileNotFoundError:
+                found = self._listed(f"{key}/")
+        return max((item["last_modified"].timestamp() for item in found), default=time.time())
 
     def _listed(self, folder: str) -> "list[ObjectMeta]":
         with self._errors(folder):
@@ -138,7 +148,7 @@ class S3Storage:
         pass  # a bucket has no folders
 
     def scratch(self, name: str) -> Path:
-        return Path(tempfile.mkdtemp(prefix=f"vlm-dist-{name}."))
+        return node_folder(name)
 
     def upload(self, path: Path, key: str) -> None:
         with self._errors(key):
@@ -162,8 +172,11 @@ class S3Storage:
 
     @contextmanager
     def copied(self, key: str) -> Generator[Path]:
-        with own_copy(self._published(key)[1]) as folder:
-            yield folder
+        fetch = self._published(key)[1]
+        with temporary_folder() as folder:
+            with usable(folder):
+                fetch(folder / "copy")
+            yield folder / "copy"
 
     def _published(self, key: str) -> tuple[str, Callable[[Path], None]]:
         """A name for a published folder and what is in it, and what fetches it as a local one."""

@@ -16,15 +16,15 @@ import numpy as np
 
 from feature_store.arrays import ArrayInfo, write_column
 from feature_store.caption_table import CaptionTable, TableWriter, pack_ids
-from feature_store.commit import roll_all_forward, sweep_staging
+from feature_store.commit import roll_all_forward
 from feature_store.draft import Captions, Draft, Marks, VideoColumns
 from feature_store.files import disk_guard, fsync_dir, seal, write_durable
 from feature_store.index import STATUS_OK, StoreIndex, current_line, snapshot_key
 from feature_store.layout import CURRENT, SNAPSHOTS, VOIDED, StoreMeta, open_store, scratch_name
+from feature_store.leftovers import VOIDED_SNAPSHOT, sweep
 from feature_store.published import SNAPSHOT_JSON
 from feature_store.storage import Root
 
-_VOIDED = "snapshot-"
 _SHARDING = {"shard", "row"}  # where rows lie does not change what they are: not in the fingerprint
 
 
@@ -50,7 +50,7 @@ def finalise(root: Root) -> str:
         return Draft(videos, snapshot_captions(parent), marks)
 
     name = update_snapshot(meta, build)
-    sweep_staging(meta)
+    sweep(meta)
     return name
 
 
@@ -119,7 +119,7 @@ def row_milliseconds(meta: StoreMeta) -> int:
 
 def void_snapshot(meta: StoreMeta, name: str) -> None:
     """Takes a snapshot out, aside to `_voided`; its number is never used again."""
-    meta.storage.move(snapshot_key(name), f"{VOIDED}/{_VOIDED}{name}")
+    meta.storage.move(snapshot_key(name), f"{VOIDED}/{VOIDED_SNAPSHOT}{name}")
 
 
 def snapshot_videos(index: StoreIndex) -> VideoColumns:
@@ -241,7 +241,9 @@ def _fingerprint(meta: StoreMeta, arrays: dict[str, ArrayInfo], tokenizer_sha256
 
 def _last_number(meta: StoreMeta) -> int:
     """The highest number that a snapshot has or had (a repair may have taken the newest out)."""
-    gone = [name.removeprefix(_VOIDED) for name in meta.storage.names(VOIDED) if name.startswith(_VOIDED)]
+    gone = [
+        name.removeprefix(VOIDED_SNAPSHOT) for name in meta.storage.names(VOIDED) if name.startswith(VOIDED_SNAPSHOT)
+    ]
     return max(map(int, [*snapshot_names(meta), *gone]), default=0)
 
 

@@ -5,13 +5,13 @@ folder for one caller only, and a local folder to build in. Everything above spe
 knows no file system and no bucket.
 """
 
-import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from feature_store.local_storage import LocalStorage
+from feature_store.node_scratch import temporary_folder
 from feature_store.published import Tree
 from vlm_dist.errors import ConfigError
 
@@ -40,6 +40,10 @@ class Storage(Protocol):
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every object below a folder, by key, in one listing."""
+        ...
+
+    def changed(self, key: str) -> float:
+        """When an object, or anything below a folder, last changed: seconds since 1970; now where nothing is there."""
         ...
 
     def names(self, folder: str) -> list[str]:
@@ -137,7 +141,7 @@ def fetched(storage: Storage, key: str) -> Generator[Path]:
     if path is not None:
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="vlm-dist-") as folder:
-        copy = Path(folder, key.rpartition("/")[2])
+    with temporary_folder() as folder:
+        copy = folder / key.rpartition("/")[2]
         copy.write_bytes(storage.read(key))
         yield copy

@@ -69,6 +69,9 @@ def test_captions_splits_deletions_and_a_picture(here: Path, typed: Callable[...
     assert json.loads(typed("store", "show", "broken", "--json"))["record"]["reason"] == "corrupt"
     assert "never heard of a video 'v33'" in typed("store", "show", "v33", code=1)
 
+    assert "2 snapshots (0.0 MB) would go, 1 kept" in typed("store", "prune", "--dry-run")
+    assert json.loads(typed("store", "prune", "--keep", "2", "--json"))["snapshots"] == ["000001"]
+
     (here / "train.txt").write_text("v1\nv2\nlater\n")
     assert typed("store", "split", "train", "--videos", "train.txt") == (
         "Split train: 3 videos, 1 of them not in the store yet.\n"

@@ -7,7 +7,7 @@ import typer
 
 from vlm_dist.cli.context import store_address
 from vlm_dist.cli.options import HERE, Json, Overrides, Workspace
-from vlm_dist.cli.store_marks import delete, migrate, split
+from vlm_dist.cli.store_marks import delete, migrate, prune, split
 from vlm_dist.cli.store_transfer import export, import_features
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
@@ -26,6 +26,7 @@ app.command("import")(import_features)
 app.command("export")(export)
 app.command("delete")(delete)
 app.command("split")(split)
+app.command("prune")(prune)
 app.command("migrate")(migrate)
 
 

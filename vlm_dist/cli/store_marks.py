@@ -1,4 +1,4 @@
-"""`vlm-dist store delete | split | migrate`: what is said of a store's videos by id, and its schema."""
+"""`vlm-dist store delete | split | prune | migrate`: what is said of videos by id, old snapshots, and the schema."""
 
 from pathlib import Path
 from typing import Annotated
@@ -79,6 +79,43 @@ def split(
     else:
         unknown = f", {report.unknown} of them not in the store yet" if report.unknown else ""
         print(f"Split {name}: {report.marked} videos{unknown}.")
+
+
+def prune(
+    store: Annotated[
+        Path | None, typer.Argument(metavar="STORE", help="Feature store (default: the workspace's).")
+    ] = None,
+    keep: Annotated[int, typer.Option(min=1, metavar="N", help="Snapshots that stay, the newest ones.")] = 1,
+    voided: Annotated[
+        bool, typer.Option("--voided", help="Also remove what repairs took out: damaged shards, records, snapshots.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    workspace: Workspace = HERE,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Remove old snapshots of a store's index, to free their space; features stay.
+
+    Each snapshot holds all captions of its time. A training run that is bound to one that goes cannot be resumed, so
+    prune when such runs are done.
+
+    \b
+    Examples:
+      vlm-dist store prune --dry-run
+      vlm-dist store prune my-store --keep 2 --voided
+    """
+    from feature_store.prune import prune_store
+    from vlm_dist.cli.output import counted, print_json
+
+    report = prune_store(store_address(store, workspace, overrides), keep, voided, dry_run)
+    if as_json:
+        print_json(report.model_dump())
+        return
+    print(
+        f"{counted(len(report.snapshots), 'snapshot')}"
+        + (f" and {counted(len(report.voided), 'voided object')}" if voided else "")
+        + f" ({report.bytes / 1e6:,.1f} MB) {'would go' if dry_run else 'removed'}, {len(report.kept)} kept."
+    )
 
 
 def migrate(

@@ -1,0 +1,67 @@
+"""Old snapshots, and what repairs took out, are removed to free their space (any store → a smaller one)."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from feature_store.index import current_snapshot, snapshot_key
+from feature_store.layout import VOIDED, StoreMeta, open_store
+from feature_store.leftovers import VOIDED_SNAPSHOT, sweep, withdraw
+from feature_store.published import Location
+from feature_store.snapshot import snapshot_names
+from feature_store.storage import Root
+
+
+class PruneReport(BaseModel):
+    """What was removed (or would be)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    snapshots: list[str] = Field(description="Names of the snapshots, oldest first.")
+    voided: list[str] = Field(description="Shards, records and snapshots that repairs had taken out.")
+    kept: list[str] = Field(description="Names of the snapshots that stay.")
+    bytes: int = Field(description="Of all that was removed.")
+
+
+def prune_store(root: Root, keep: int = 1, voided: bool = False, dry_run: bool = False) -> PruneReport:
+    """Removes all but the newest snapshots. Features stay, also those that only removed snapshots named.
+
+    What is bound to a snapshot that goes, as a training run is, cannot be resumed on this store.
+
+    Args:
+        root: the store.
+        keep: how many stay, at least one; the one that CURRENT names always does.
+        voided: also empty `_voided`: damaged shards, records and snapshots that repairs put there.
+        dry_run: only say what would go.
+
+    Raises:
+        StoreError: no store, or a damaged one.
+    """
+    assert keep >= 1, "readers need a snapshot"
+    meta = open_store(root)
+    names, current = snapshot_names(meta), current_snapshot(meta)
+    going = [name for name in names[:-keep] if name != current]
+    # A number that was used must not come again: a snapshot above the newest stays aside as its witness.
+    told = [name for name in meta.storage.names(VOIDED) if not _is_witness(name, names)] if voided else []
+    size = sum(_bytes(meta, key) for key in [*(snapshot_key(name) for name in going), *map(_aside, told)])
+    if not dry_run:
+        for name in going:
+            withdraw(meta, name)
+        for key in map(_aside, told):
+            if location := Location.of(meta.storage, key):
+                meta.storage.remove(location.folder)
+            meta.storage.remove(key)
+        sweep(meta)
+    return PruneReport(snapshots=going, voided=told, kept=[name for name in names if name not in going], bytes=size)
+
+
+def _aside(name: str) -> str:
+    return f"{VOIDED}/{name}"
+
+
+def _is_witness(name: str, published: list[str]) -> bool:
+    number = name.removeprefix(VOIDED_SNAPSHOT)
+    return number != name and int(number) > max(map(int, published), default=0)
+
+
+def _bytes(meta: StoreMeta, key: str) -> int:
+    location = Location.of(meta.storage, key)
+    return sum(meta.storage.sizes(location.folder if location else key).values()) or meta.storage.size(key) or 0
