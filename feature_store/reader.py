@@ -16,35 +16,24 @@ from feature_store.files import crc32c
 from feature_store.index import StoreIndex
 from feature_store.layout import CHUNK_ROWS, CRC_BYTES, shard_key
 from feature_store.node_cache import ShardCache
-from feature_store.shard import ABSENT, REPAIR, bad_chunks
-from feature_store.shard_source import ShardSource, open_shard
+from feature_store.shard import REPAIR, bad_chunks
+from feature_store.shard_source import Buffers, ShardSource, open_shard, scatter
 from feature_store.storage import Root, fetched
 from vlm_dist.errors import StoreError
 
 SAMPLE_EVERY = 16
-_MAX_BUFFERS = 1024  # IOV_MAX
+_MOST_CHUNKS = 512  # of one run: with the checksums in between they stay below IOV_MAX, 1024 buffers
+_CHECKSUM = np.empty(CRC_BYTES, np.uint8)  # where the checksums between chunks go, which nobody reads
 
 Check = Literal["off", "sampled", "always"]
 
 
 class _Run(NamedTuple):
-    """A contiguous piece of a shard: where it begins, and the buffers that it fills (4 spare bytes per checksum)."""
+    """A contiguous piece of a shard: where it begins, its bytes, and the buffers that it fills."""
 
     offset: int
-    buffers: list[memoryview | bytearray]
-
-    @property
-    def length(self) -> int:
-        return sum(map(len, self.buffers))
-
-    def scatter(self, data: bytes) -> int:
-        """Fills the buffers with the whole piece; its bytes, if there are fewer."""
-        done = 0
-        if len(data) == self.length:
-            for buffer in self.buffers:
-                buffer[:] = data[done : done + len(buffer)]
-                done += len(buffer)
-        return len(data)
+    length: int
+    buffers: Buffers
 
 
 class _Read(NamedTuple):
@@ -55,10 +44,6 @@ class _Read(NamedTuple):
     shard: ShardSource
     runs: list[_Run]
     checked: bool
-
-    @property
-    def length(self) -> int:
-        return sum(run.length for run in self.runs)
 
 
 class FeatureReader:
@@ -113,7 +98,8 @@ class FeatureReader:
         Raises:
             StoreError: names video, shard and chunk where a shard is missing, cut short or damaged.
         """
-        return self.read_many((video,))[0]
+        read = self._plan(video)
+        return self._complete(read, self._fill([read])[0])
 
     def read_many(self, videos: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Features of several videos; the disk is told of all of them before the first is read."""
@@ -153,61 +139,65 @@ class FeatureReader:
 
     def _runs(self, video: int, shard: ShardSource, features: np.ndarray, first: int) -> list[_Run]:
         """Every contiguous piece of a video's rows; there is one where the shard is as we write it."""
-        flat = features.reshape(-1).view(np.uint8).data
-        row_bytes, chunk_bytes = self.meta.row_bytes, self.meta.chunk_bytes
+        row_bytes = self.meta.row_bytes
         runs: list[_Run] = []
-        done, expected = 0, -1
-        while done < len(flat):
-            chunk, within = divmod(first + done // row_bytes, CHUNK_ROWS)
-            offset = shard.offsets[chunk]
-            if offset == ABSENT:
+        done, n = 0, len(features)
+        while done < n:
+            chunk, within = divmod(first + done, CHUNK_ROWS)
+            ahead = shard.stops[chunk] - chunk
+            if ahead <= 0:
                 raise StoreError(
                     f"{self._name(video)}, chunk {chunk}: {shard.where} does not hold this chunk. {REPAIR}"
                 )
-            take = min(chunk_bytes - within * row_bytes, len(flat) - done)
-            if offset == expected and len(runs[-1].buffers) < _MAX_BUFFERS - 1:
-                runs[-1].buffers.append(bytearray(CRC_BYTES))
-            else:
-                runs.append(_Run(offset + within * row_bytes, []))
-            runs[-1].buffers.append(flat[done : done + take])
-            expected = offset + chunk_bytes + CRC_BYTES
-            done += take
+            rows = min(n - done, min(ahead, _MOST_CHUNKS) * CHUNK_ROWS - within)
+            part = features[done : done + rows]
+            buffers = [part[: CHUNK_ROWS - within]]
+            for row in range(CHUNK_ROWS - within, rows, CHUNK_ROWS):
+                buffers += (_CHECKSUM, part[row : row + CHUNK_ROWS])
+            length = rows * row_bytes + len(buffers) // 2 * CRC_BYTES
+            runs.append(_Run(shard.offsets[chunk] + within * row_bytes, length, buffers))
+            done += rows
         return runs
 
     def _fill(self, reads: Sequence[_Read]) -> list[int]:
-        """Reads all pieces: how many bytes each video got. A bucket is asked for all at once, as each takes a while."""
-        ranged = [(read, run) for read in reads if read.shard.ranged for run in read.runs]
-        ranges = [(shard_key(int(self.index.shard[read.video])), run.offset, run.length) for read, run in ranged]
+        """Reads all pieces: how many bytes each video is short of."""
+        if reads[0].shard.ranged:
+            return self._fetch(reads)
+        return [sum([run.length - read.shard.read(run.buffers, run.offset) for run in read.runs]) for read in reads]
+
+    def _fetch(self, reads: Sequence[_Read]) -> list[int]:
+        """The same from a bucket, which is asked for all pieces at once, as each takes a while."""
+        keys = [shard_key(int(self.index.shard[read.video])) for read in reads]
+        ranges = [(key, run.offset, run.length) for key, read in zip(keys, reads, strict=True) for run in read.runs]
         pieces = self.meta.storage.read_ranges(ranges)
         return [
-            sum(run.scatter(next(pieces)) for run in read.runs)
-            if read.shard.ranged
-            else sum(read.shard.read(run.buffers, run.offset) for run in read.runs)
+            sum(run.length - scatter(np.frombuffer(next(pieces), np.uint8), run.buffers) for run in read.runs)
             for read in reads
         ]
 
-    def _complete(self, read: _Read, got: int) -> np.ndarray:
+    def _complete(self, read: _Read, short: int) -> np.ndarray:
         """Features of a read that is filled.
 
         Where something is wrong with them they are read again, once, before the store is blamed: what this node keeps
         of the shard or of the snapshot may be what is damaged.
         """
-        if self._wrong(read, got):
+        if (short or read.checked) and self._wrong(read, short):
             read.shard.drop()
             self._open.pop(int(self.index.shard[read.video]), None)
             self.index.check_columns()
             read = self._plan(read.video)._replace(checked=read.checked)
-            (got,) = self._fill([read])
-            if wrong := self._wrong(read, got):
-                raise StoreError(f"{self._name(read.video)}: {wrong}{self._blame(read, got)}. {REPAIR}")
+            (short,) = self._fill([read])
+            if wrong := self._wrong(read, short):
+                raise StoreError(f"{self._name(read.video)}: {wrong}{'' if short else self._blame(read)}. {REPAIR}")
         if read.checked:
             self.index.check_captions(read.video)
         return read.features
 
-    def _wrong(self, read: _Read, got: int) -> str:
+    def _wrong(self, read: _Read, short: int) -> str:
         """What is wrong with a read; empty where nothing is, or nobody compares."""
-        if got != read.length:
-            return f"{read.shard.where} ends early ({got} of {read.length} bytes)"
+        if short:
+            length = sum(run.length for run in read.runs)
+            return f"{read.shard.where} ends early ({length - short} of {length} bytes)"
         if read.checked and crc32c(read.features) != self.index.crc32c[read.video]:
             return "the bytes differ from those committed"
         return ""
@@ -215,10 +205,8 @@ class FeatureReader:
     def _name(self, video: int) -> str:
         return f"video {self.index.video_id(video)}, shard {int(self.index.shard[video])}"
 
-    def _blame(self, read: _Read, got: int) -> str:
+    def _blame(self, read: _Read) -> str:
         """Which chunks of a video that was read whole fail their own checksum."""
-        if got != read.length:
-            return ""
         first = int(self.index.row[read.video])
         last = first + int(self.index.n_rows[read.video]) - 1
         chunks = range(first // CHUNK_ROWS, last // CHUNK_ROWS + 1)

@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from feature_store.files import descriptor_guard
-from feature_store.layout import StoreMeta, shard_key
+from feature_store.layout import CRC_BYTES, StoreMeta, shard_key
 from feature_store.node_cache import ShardCache
-from feature_store.shard import REPAIR, bad_chunks, index_bytes, parse_index
+from feature_store.shard import ABSENT, REPAIR, bad_chunks, index_bytes, parse_index
 from vlm_dist.errors import StoreError
 
-Buffers = Sequence[memoryview | bytearray]
+Buffers = Sequence[np.ndarray]  # C-contiguous, of any type
 
 
 class ShardSource(Protocol):
@@ -24,7 +26,9 @@ class ShardSource(Protocol):
 
     where: str
     offsets: list[int]
-    """Where each chunk begins in the file; all bits set where it was never written."""
+    """Where each chunk begins in the file."""
+    stops: list[int]
+    """For each chunk, the one up to which all lie one after another, with their checksums; 0 where it is absent."""
     ranged: bool
     """Whether the reader should fetch the runs of a whole batch at once, with `Storage.read_ranges`."""
 
@@ -77,13 +81,13 @@ class FileShard:
     def __init__(self, meta: StoreMeta, where: str, descriptor: int) -> None:
         self.where = where
         self._descriptor = descriptor
-        self.offsets = _offsets(meta, where, descriptor)
+        self.offsets, self.stops = _layout(meta, where, _end(meta, descriptor))
 
     def __del__(self) -> None:
         os.close(self._descriptor)
 
     def read(self, buffers: Buffers, offset: int) -> int:
-        return os.preadv(self._descriptor, buffers, offset)
+        return os.preadv(self._descriptor, buffers, offset)  # pyright: ignore[reportArgumentType]
 
     def advise(self, offset: int, length: int) -> None:
         os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
@@ -114,19 +118,14 @@ class MappedShard:
     def __init__(self, meta: StoreMeta, where: str, descriptor: int) -> None:
         self.where = where
         try:
-            self.offsets = _offsets(meta, where, descriptor)
+            self.offsets, self.stops = _layout(meta, where, _end(meta, descriptor))
             self._map = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)  # holds a descriptor of its own
         finally:
             os.close(descriptor)
-        self._view = memoryview(self._map)
+        self._bytes = np.frombuffer(self._map, np.uint8)
 
     def read(self, buffers: Buffers, offset: int) -> int:
-        start = offset
-        for buffer in buffers:
-            part = self._view[offset : offset + len(buffer)]
-            buffer[: len(part)] = part
-            offset += len(part)
-        return offset - start
+        return scatter(self._bytes[offset:], buffers)
 
     def advise(self, offset: int, length: int) -> None:
         ahead = offset % mmap.PAGESIZE
@@ -143,7 +142,7 @@ class RangedShard:
 
     def __init__(self, meta: StoreMeta, where: str, raw_index: bytes) -> None:
         self.where = where
-        self.offsets: list[int] = parse_index(meta, raw_index, where)[:, 0].tolist()
+        self.offsets, self.stops = _layout(meta, where, raw_index)
 
     def read(self, buffers: Buffers, offset: int) -> int:
         raise AssertionError("the reader fetches ranges of a batch together")
@@ -155,8 +154,24 @@ class RangedShard:
         pass
 
 
-def _offsets(meta: StoreMeta, where: str, descriptor: int) -> list[int]:
-    return parse_index(meta, _end(meta, descriptor), where)[:, 0].tolist()
+def scatter(data: np.ndarray, buffers: Buffers) -> int:
+    """Fills the buffers with bytes, one after another; how many there were for them."""
+    done = 0
+    for buffer in buffers:
+        part = data[done : done + buffer.nbytes]
+        buffer.reshape(-1).view(np.uint8)[: len(part)] = part
+        done += len(part)
+    return done
+
+
+def _layout(meta: StoreMeta, where: str, raw_index: bytes) -> tuple[list[int], list[int]]:
+    """`offsets` and `stops` of a shard, from its last bytes."""
+    offsets = parse_index(meta, raw_index, where)[:, 0]
+    there = offsets != ABSENT
+    follows = there[1:] & there[:-1] & (offsets[1:] == offsets[:-1] + np.uint64(meta.chunk_bytes + CRC_BYTES))
+    ends = np.append(np.flatnonzero(~follows) + 1, len(offsets))
+    stops = np.where(there, ends[np.searchsorted(ends, np.arange(len(offsets)), "right")], 0)
+    return offsets.tolist(), stops.tolist()
 
 
 def _end(meta: StoreMeta, descriptor: int) -> bytes:
