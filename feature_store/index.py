@@ -85,22 +85,21 @@ class StoreIndex:
 
     def _sound(self, look: Callable[[], Found]) -> Found:
         """What `look` finds; where it meets damage in a copy that this node keeps, it looks at a new copy, once."""
+        if not self._tree.current:  # others found it damaged
+            self._renew()
         try:
             return look()
         except StoreUnreachableError:
             raise
         except StoreError:
-            if not self._renew():
+            if not self._tree.drop():
                 raise
+        self._renew()
         return look()
 
-    def _renew(self) -> bool:
-        """Maps a new copy, where this is one that the node keeps."""
-        if not self._tree.drop():
-            return False
+    def _renew(self) -> None:
         self._tree = self._find()
         self._map()
-        return True
 
     def _missing(self) -> StoreError:
         root = self.meta.root
@@ -134,9 +133,7 @@ class StoreIndex:
         """Folder of the tokenizer that made the tokens; None before there are captions."""
         if not self.details["captions"]:
             return None
-        if not (self.folder / "tokenizer").is_dir():
-            self._renew()
-        return self.folder / "tokenizer"
+        return self._sound(lambda: self.folder / "tokenizer")
 
     def video_id(self, video: int) -> str:
         """Id of a video by number."""

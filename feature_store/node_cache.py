@@ -37,9 +37,13 @@ class KeptTree(Tree):
     def __del__(self) -> None:
         os.close(self._descriptor)
 
+    @property
+    def current(self) -> bool:
+        return same(self.folder, self._descriptor)
+
     def drop(self) -> bool:
         with usable(self.folder), turn(self.folder.name):
-            if same(self.folder, self._descriptor):  # else another process was faster, and a new copy is there
+            if self.current:  # else another process was faster, and a new copy is there
                 remove(self.folder)
         return True
 

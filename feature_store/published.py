@@ -67,6 +67,11 @@ class Tree:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @property
+    def current(self) -> bool:
+        """Whether its folder is still the one that was opened; a copy that somebody dropped is not."""
+        return True
+
     def drop(self) -> bool:
         """Gives up a copy whose bytes are bad, so that the next one is a new one; False: this is the store's own."""
         return False

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,36 @@ def test_missing_short_and_empty_shards(store: Path) -> None:
     path.unlink()
     with pytest.raises(StoreError, match="is missing"):
         FeatureReader(store).read(0)
+
+
+def test_too_many_open_files_are_told_of(store: Path) -> None:
+    """In a process of its own, with a limit of its own."""
+    told = """if True:
+        import os, resource, sys
+        from feature_store.reader import FeatureReader
+        from feature_store.index import StoreIndex
+        from vlm_dist.errors import StoreUnreachableError
+        reader = FeatureReader(sys.argv[1])
+        reader.index.check_columns()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        held = []
+        while True:
+            try:
+                held.append(os.open("/", os.O_RDONLY))
+            except OSError:
+                break
+        os.close(held.pop())  # for the store's zarr.json
+        for act in (lambda: reader.read_many(range(reader.index.num_videos)), lambda: StoreIndex(sys.argv[1])):
+            try:
+                held.append(act())
+            except StoreUnreachableError as error:
+                print(error)
+    """
+    run = subprocess.run([sys.executable, "-c", told, str(store)], capture_output=True, text=True, check=True)
+    shard, index = run.stdout.splitlines()
+    for line, what in ((shard, "features/c/"), (index, "index/000001")):
+        assert what in line
+        assert "too many files are open; this process may have 100: raise it with `ulimit -n`" in line
 
 
 def test_an_absent_chunk_is_an_error_not_zeros(tmp_path: Path) -> None:
