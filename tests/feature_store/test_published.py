@@ -191,7 +191,7 @@ def test_verify_judges_the_bucket_and_leaves_the_node_alone(
     assert verify_store(remote, repair=True).repaired == []
     after = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in trees.rglob("*") if path.is_file()}
     assert after == before
-    assert not list((tmp_path / "node-cache/copies").iterdir())
+    assert not list((tmp_path / "node-cache/scratch").glob("*/*"))
     path = index.folder / "tokens/c/0"
     path.write_bytes(bytes(len(path.read_bytes())))
     assert not verify_store(remote, deep=True).problems
