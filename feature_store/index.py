@@ -73,29 +73,29 @@ class StoreIndex:
             raise self._missing() from None
         self.fingerprint: str = self.details["fingerprint"]
         arrays = self.details["arrays"]
-        with descriptor_guard(self.folder):
-            self._ids = open_column(self.folder, "video_id", arrays["video_id"])
-            self._id_ptr = open_column(self.folder, "video_id_ptr", arrays["video_id_ptr"])
-            columns = (open_column(self.folder, name, arrays[name]) for name in VIDEO_COLUMNS)
-            self.shard, self.row, self.n_rows, self.crc32c, self.status = columns
-            self.captions = CaptionTable.open(self.folder, arrays)
+        self._ids = open_column(self.folder, "video_id", arrays["video_id"])
+        self._id_ptr = open_column(self.folder, "video_id_ptr", arrays["video_id_ptr"])
+        columns = (open_column(self.folder, name, arrays[name]) for name in VIDEO_COLUMNS)
+        self.shard, self.row, self.n_rows, self.crc32c, self.status = columns
+        self.captions = CaptionTable.open(self.folder, arrays)
         self.clip_ptr, self.tok_ptr = self.captions.clip_ptr, self.captions.tok_ptr
         self.clip_start_ms, self.clip_end_ms = self.captions.clip_start_ms, self.captions.clip_end_ms
         self.clip_ntok, self.tokens = self.captions.clip_ntok, self.captions.tokens
 
     def _sound(self, look: Callable[[], Found]) -> Found:
         """What `look` finds; where it meets damage in a copy that this node keeps, it looks at a new copy, once."""
-        if not self._tree.current:  # others found it damaged
-            self._renew()
-        try:
-            return look()
-        except StoreUnreachableError:
-            raise
-        except StoreError:
-            if not self._tree.drop():
+        with descriptor_guard(self.folder):
+            if not self._tree.current:  # others found it damaged
+                self._renew()
+            try:
+                return look()
+            except StoreUnreachableError:
                 raise
-        self._renew()
-        return look()
+            except StoreError:
+                if not self._tree.drop():
+                    raise
+            self._renew()
+            return look()
 
     def _renew(self) -> None:
         self._tree = self._find()

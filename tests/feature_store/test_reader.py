@@ -147,8 +147,7 @@ def test_too_many_open_files_are_told_of(store: Path) -> None:
         from feature_store.reader import FeatureReader
         from feature_store.index import StoreIndex
         from vlm_dist.errors import StoreUnreachableError
-        reader = FeatureReader(sys.argv[1])
-        reader.index.check_columns()
+        reader = FeatureReader(sys.argv[1], "off")
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
         held = []
         while True:
@@ -157,14 +156,14 @@ def test_too_many_open_files_are_told_of(store: Path) -> None:
             except OSError:
                 break
         os.close(held.pop())  # for the store's zarr.json
-        for act in (lambda: reader.read_many(range(reader.index.num_videos)), lambda: StoreIndex(sys.argv[1])):
+        for act in (lambda: StoreIndex(sys.argv[1]), lambda: reader.read_many(range(reader.index.num_videos))):
             try:
                 held.append(act())
             except StoreUnreachableError as error:
                 print(error)
     """
     run = subprocess.run([sys.executable, "-c", told, str(store)], capture_output=True, text=True, check=True)
-    shard, index = run.stdout.splitlines()
+    index, shard = run.stdout.splitlines()
     for line, what in ((shard, "features/c/"), (index, "index/000001")):
         assert what in line
         assert "too many files are open; this process may have 100: raise it with `ulimit -n`" in line
