@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from feature_store.at_work import at_work
 from feature_store.caption_cleaning import clean_captions
 from feature_store.caption_files import RawCaptions, iter_captions, require_caption_file
 from feature_store.caption_table import CaptionTable, TableWriter, VideoCaptions
@@ -21,7 +22,7 @@ from feature_store.config import CaptionConfig
 from feature_store.draft import Captions, Draft
 from feature_store.files import disk_guard, file_crc32c
 from feature_store.index import StoreIndex, current_snapshot
-from feature_store.layout import open_store, scratch_name, store_exists
+from feature_store.layout import StoreMeta, open_store, scratch_name, store_exists
 from feature_store.snapshot import (
     finalise,
     snapshot_captions,
@@ -76,6 +77,14 @@ def write_captions(root: Root, file: Path | None, cfg: CaptionConfig, allow_pick
     """
     meta = open_store(root)
     tokenizer = _usable(file, cfg, allow_pickle)
+    with at_work(meta, "captions"):
+        return _write(meta, file, cfg, allow_pickle, tokenizer)
+
+
+def _write(
+    meta: StoreMeta, file: Path | None, cfg: CaptionConfig, allow_pickle: bool, tokenizer: Tokenizer | None
+) -> CaptionReport:
+    root = meta.root
     finalise(root)
     before = StoreIndex(root)
     source = before.details["captions"].get("source_crc32c") if file is None else file_crc32c(file)

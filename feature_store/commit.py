@@ -55,9 +55,8 @@ def create_record(meta: StoreMeta, commit: Commit) -> bool:
     Raises:
         FileNotFoundError: what was staged is not there any more (another attempt won, and it was swept).
     """
-    body = commit.model_dump(mode="json", exclude_defaults=True)
     guard = staged_key(commit.shard, commit.attempt)
-    return meta.storage.create(commit_key(commit.shard), seal(body), guard)
+    return meta.storage.create(commit_key(commit.shard), _sealed(commit), guard)
 
 
 def read_commit(meta: StoreMeta, shard: int) -> Commit:
@@ -90,11 +89,22 @@ def committed_shards(meta: StoreMeta) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def iter_commits(meta: StoreMeta) -> Iterator[Commit]:
-    """All records by shard number, a few in memory at a time."""
+def iter_records(meta: StoreMeta) -> Iterator[tuple[int, Commit | StoreError]]:
+    """All records by shard number, a few in memory at a time; of a damaged one, what is wrong with it."""
     shards = committed_shards(meta)
     for shard, data in zip(shards, meta.storage.read_many([commit_key(shard) for shard in shards]), strict=True):
-        yield _parse(meta, shard, data)
+        try:
+            yield shard, _parse(meta, shard, data)
+        except StoreError as error:
+            yield shard, error
+
+
+def iter_commits(meta: StoreMeta) -> Iterator[Commit]:
+    """All records by shard number, a few in memory at a time; StoreError at the first that is damaged."""
+    for _, commit in iter_records(meta):
+        if isinstance(commit, StoreError):
+            raise commit
+        yield commit
 
 
 def roll_forward(meta: StoreMeta, commit: Commit, sizes: Mapping[str, int] | None = None) -> bool:
@@ -130,6 +140,23 @@ def roll_forward(meta: StoreMeta, commit: Commit, sizes: Mapping[str, int] | Non
     return published
 
 
+def shard_place(meta: StoreMeta, commit: Commit, sizes: Mapping[str, int]) -> tuple[str, int | None]:
+    """Key and bytes of a committed shard's file: where it is published, or else staged; None where it is nowhere.
+
+    Args:
+        meta: the store.
+        commit: the shard's record.
+        sizes: of the published shards, as they were listed before.
+    """
+    final, staged = shard_key(commit.shard), staged_key(commit.shard, commit.attempt)
+    if final in sizes:
+        return final, sizes[final]
+    for key in (final, staged, final):  # again: it may be published in between
+        if (size := meta.storage.size(key)) is not None:
+            return key, size
+    return final, None
+
+
 def roll_all_forward(meta: StoreMeta) -> Iterator[tuple[Commit, bool]]:
     """Every record, with its shard published, and whether that was done just now."""
     # An attempt's folder goes when its move is durable, so that of the others a listing is enough.
@@ -145,9 +172,7 @@ def void(meta: StoreMeta, shard: int) -> None:
     An empty record stays in its place: the number is never used again, so that a reader of an older snapshot finds
     nothing there instead of another video's rows.
     """
-    storage, key = meta.storage, commit_key(shard)
-    number = sum(name.startswith(f"{shard:06d}.") for name in storage.names(VOIDED))
-    aside = f"{VOIDED}/{shard:06d}.{number}"
+    storage, key, aside = meta.storage, commit_key(shard), _aside(meta, shard)
     storage.move(shard_key(shard), f"{aside}.shard")  # first: a record without data is voided again
     storage.replace(f"{aside}.json", storage.read(key))
     for staged, attempt, name in list(staged_attempts(meta)):  # committed and not published yet, perhaps
@@ -156,12 +181,27 @@ def void(meta: StoreMeta, shard: int) -> None:
     storage.replace(key, _empty_record(shard))
 
 
+def restore_record(meta: StoreMeta, commit: Commit) -> None:
+    """Gives a published shard whose record is damaged or lost a new record; a damaged one goes aside to `_voided`."""
+    meta.storage.move(commit_key(commit.shard), f"{_aside(meta, commit.shard)}.json")
+    meta.storage.create(commit_key(commit.shard), _sealed(commit))
+
+
+def _aside(meta: StoreMeta, shard: int) -> str:
+    number = sum(name.startswith(f"{shard:06d}.") for name in meta.storage.names(VOIDED))
+    return f"{VOIDED}/{shard:06d}.{number}"
+
+
 def void_orphan(meta: StoreMeta, key: str) -> None:
     """Takes out a shard whose commit record is lost; its number is never used again either."""
     number = key.split("/")[2]
     meta.storage.move(key, f"{VOIDED}/orphan-{number}.{len(meta.storage.names(VOIDED))}.shard")
     if number.isdigit():
         meta.storage.create(commit_key(int(number)), _empty_record(int(number)))
+
+
+def _sealed(commit: Commit) -> bytes:
+    return seal(commit.model_dump(mode="json", exclude_defaults=True))
 
 
 def _empty_record(shard: int) -> bytes:

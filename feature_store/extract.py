@@ -16,9 +16,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from feature_store.at_work import at_work
 from feature_store.config import ExtractConfig
 from feature_store.encoder import prepare_encoder
 from feature_store.extract_worker import ATTEMPTS, Blame, ShardWorker
+from feature_store.layout import open_store
 from feature_store.notes import Notes, Tally
 from feature_store.plan import PlannedVideo, ShardTask, plan_videos
 from feature_store.snapshot import finalise
@@ -127,23 +129,24 @@ def extract_corpus(
         rows_per_shard=rows_per_shard,
         on_calibration=on_calibration,
     )
-    finalise(store)  # publishes what an interrupted run had committed
-    state = ray.put(encoder.state())
-    run = _Run(store, cfg, workers, state, start, on_progress)
-    given: Sequence[PlannedVideo] = videos
-    while tasks := plan_videos(store, given, workers, retry_failed):
-        run.work(tasks)
-        finalise(store)
-        given, retry_failed = (), False  # only what overflowed its shard is left to plan
-    return ExtractSummary(
-        listed=len(videos),
-        tally=run.tally,
-        shards=run.shards_done,
-        workers=workers,
-        worker_deaths=run.deaths,
-        elapsed_s=time.monotonic() - start,
-        snapshot=finalise(store),
-    )
+    with at_work(open_store(store), "extract"):
+        finalise(store)  # publishes what an interrupted run had committed
+        state = ray.put(encoder.state())
+        run = _Run(store, cfg, workers, state, start, on_progress)
+        given: Sequence[PlannedVideo] = videos
+        while tasks := plan_videos(store, given, workers, retry_failed):
+            run.work(tasks)
+            finalise(store)
+            given, retry_failed = (), False  # only what overflowed its shard is left to plan
+        return ExtractSummary(
+            listed=len(videos),
+            tally=run.tally,
+            shards=run.shards_done,
+            workers=workers,
+            worker_deaths=run.deaths,
+            elapsed_s=time.monotonic() - start,
+            snapshot=finalise(store),
+        )
 
 
 def _num_workers(cfg: ExtractConfig) -> int:

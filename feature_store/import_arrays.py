@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from feature_store.at_work import at_work
 from feature_store.config import ImportConfig
 from feature_store.import_rows import OVERFLOW, RowRules, is_unit
 from feature_store.import_sources import ArraySources
@@ -86,9 +87,30 @@ def import_arrays(
     """
     start = time.monotonic()
     rules = prepare_store(root, sources, cfg, weights)
+    state = ImportState()
+    with at_work(open_store(root), "store import"):
+        _import_all(root, sources, rules, state, start, on_progress)
+    state.elapsed_s = time.monotonic() - start
+    return state
+
+
+def prepare_store(root: Root, sources: ArraySources, cfg: ImportConfig, weights: Path | None) -> RowRules:
+    """Make the store for an import, or refuse to go on with one of another provenance; see `import_arrays`."""
+    provenance, rules = _origin(root, sources, cfg, weights)
+    meta = create_store(root, provenance, cfg.rows_per_shard)
+    return replace(rules, most_rows=meta.rows_per_shard)
+
+
+def _import_all(
+    root: Root,
+    sources: ArraySources,
+    rules: RowRules,
+    state: ImportState,
+    start: float,
+    on_progress: Callable[[ImportState], None],
+) -> None:
     finalise(root)  # publishes what an interrupted import had committed
     mine = {video.path for video in sources.videos}
-    state = ImportState()
     while tasks := [task for task in plan_videos(root, sources.videos, 1) if _any_of(task, mine)]:
         state.videos = state.ok + state.failed + sum(video.path in mine for task in tasks for video in task.videos)
         for task in tasks:
@@ -105,15 +127,6 @@ def import_arrays(
                 attempt.commit()
             state.shards += 1
         finalise(root)
-    state.elapsed_s = time.monotonic() - start
-    return state
-
-
-def prepare_store(root: Root, sources: ArraySources, cfg: ImportConfig, weights: Path | None) -> RowRules:
-    """Make the store for an import, or refuse to go on with one of another provenance; see `import_arrays`."""
-    provenance, rules = _origin(root, sources, cfg, weights)
-    meta = create_store(root, provenance, cfg.rows_per_shard)
-    return replace(rules, most_rows=meta.rows_per_shard)
 
 
 def _import_one(

@@ -1,15 +1,16 @@
 """What a store holds, in numbers, and which videos it could not take (any store → a summary)."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from feature_store.captions import caption_report
-from feature_store.commit import committed_shards, iter_commits
+from feature_store.commit import iter_commits
 from feature_store.index import StoreIndex, current_snapshot
 from feature_store.layout import StoreMeta, open_store
-from feature_store.plan import planned_shards, read_plan
+from feature_store.plan import Segment, read_plan
 from feature_store.records import VideoRecord
 from feature_store.storage import Root
 
@@ -22,10 +23,11 @@ def store_info(root: Root) -> dict[str, Any]:
     """
     meta = open_store(root)
     index = StoreIndex(root) if current_snapshot(meta) else None
-    planned = {video.video_id for segment in read_plan(meta) for task in segment.tasks for video in task.videos}
+    plan = read_plan(meta)
+    planned = {video.video_id for segment in plan for task in segment.tasks for video in task.videos}
     deleted = {video_id.decode() for video_id in index.deleted()} if index else set[str]()
-    ok, failed, size = _committed(meta)
-    repeated = _repeated(meta)
+    ok, failed, size, shards = _committed(meta)
+    repeated = _repeated(plan)
     reasons = Counter(record.reason for record in [*failed.values(), *repeated])
     row_s = meta.provenance.window / meta.provenance.fps
     rows = int(index.n_rows.sum(dtype=np.int64)) if index else 0
@@ -41,7 +43,7 @@ def store_info(root: Root) -> dict[str, Any]:
         },
         "coverage": len(ok) / max(1, len(planned | ok)),
         "failures": dict(reasons.most_common()),
-        "shards": {"planned": planned_shards(meta), "committed": len(committed_shards(meta))},
+        "shards": {"planned": sum(len(segment.tasks) for segment in plan), "committed": shards},
         "rows": rows,
         "hours": rows * row_s / 3600,
         "feature_dim": meta.feature_dim,
@@ -64,23 +66,24 @@ def store_info(root: Root) -> dict[str, Any]:
 def failures(root: Root) -> list[VideoRecord]:
     """Videos that have no features, by id: those whose every attempt failed, and inputs that repeated an id."""
     meta = open_store(root)
-    _, failed, _ = _committed(meta)
-    return sorted([*failed.values(), *_repeated(meta)], key=lambda record: record.video_id)
+    _, failed, *_ = _committed(meta)
+    return sorted([*failed.values(), *_repeated(read_plan(meta))], key=lambda record: record.video_id)
 
 
-def _committed(meta: StoreMeta) -> tuple[set[str], dict[str, VideoRecord], int]:
-    """Ids with features, the last record of each id that has none, and the bytes of all shards."""
+def _committed(meta: StoreMeta) -> tuple[set[str], dict[str, VideoRecord], int, int]:
+    """Ids with features, the last record of each id that has none, the bytes of all shards, and their number."""
     ok: set[str] = set()
     failed: dict[str, VideoRecord] = {}
-    size = 0
+    size = shards = 0
     for commit in iter_commits(meta):
         size += commit.size
+        shards += 1
         ok.update(record.video_id for record in commit.videos if record.status == "ok")
         failed.update((record.video_id, record) for record in commit.videos if record.status == "failed")
-    return ok, {video_id: record for video_id, record in failed.items() if video_id not in ok}, size
+    return ok, {video_id: record for video_id, record in failed.items() if video_id not in ok}, size, shards
 
 
-def _repeated(meta: StoreMeta) -> list[VideoRecord]:
+def _repeated(plan: Sequence[Segment]) -> list[VideoRecord]:
     return [
         VideoRecord(
             video_id=video.video_id,
@@ -89,6 +92,6 @@ def _repeated(meta: StoreMeta) -> list[VideoRecord]:
             reason="duplicate",
             message="another input has this id and came first",
         )
-        for segment in read_plan(meta)
+        for segment in plan
         for video in segment.duplicates
     ]

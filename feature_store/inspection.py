@@ -14,18 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from feature_store.arrays import check_column
 from feature_store.caption_table import COLUMNS, CaptionTable
-from feature_store.commit import Commit, commit_key, committed_shards, read_commit, staged_key
-from feature_store.files import crc32c
+from feature_store.commit import Commit, commit_key, committed_shards, iter_records, shard_place
 from feature_store.index import StoreIndex, array_groups, current_snapshot, snapshot_key
-from feature_store.layout import CHUNK_ROWS, CRC_BYTES, CURRENT, FEATURES_JSON, SNAPSHOTS, StoreMeta, shard_key
+from feature_store.layout import CURRENT, FEATURES_JSON, SNAPSHOTS, StoreMeta, shard_key
 from feature_store.plan import array_fits, read_segment, segment_numbers
 from feature_store.plan_repair import missing_segments
-from feature_store.shard import bad_chunks, shard_bytes
+from feature_store.shard import shard_bytes
+from feature_store.shard_check import broken_videos, check_shard
 from feature_store.snapshot import row_milliseconds, snapshot_names
 from feature_store.snapshot_files import wrong_file
 from feature_store.storage import fetched
 from feature_store.tokenizer import load_tokenizer
-from vlm_dist.errors import StoreUnreachableError, VlmDistError
+from vlm_dist.errors import StoreError, StoreUnreachableError, VlmDistError
 
 Kind = Literal["metadata", "plan", "commit", "shard", "chunk", "video", "index", "captions", "stray"]
 
@@ -51,9 +51,12 @@ class Inspection:
         self.problems: list[Problem] = []
         self.bytes_checked = 0
         self.bad_segments: list[int] = []
+        self.shards = 0  # records
         self.bad_shards: list[int] = []
+        self.bad_records: list[int] = []  # of these, those whose record cannot be read
+        self.damaged: list[int] = []  # of these, those whose record is sound, and the file is not
         self.bad_snapshots: list[str] = []
-        self.lost: set[str] = set()  # ids of the bad shards
+        self.lost: set[str] = set()  # ids that bad shards and orphans do not have whole
         self.deleted: set[str] = set()  # ids that the current snapshot leaves out on purpose
         self.orphans: list[str] = []  # keys
         self.published: dict[str, int] = {}  # bytes of every published shard, by key
@@ -64,15 +67,11 @@ class Inspection:
         """Looks at everything."""
         # Before the records: what an extraction at work publishes meanwhile is no stray.
         self.published = self.meta.storage.sizes("features/c")
-        self.planned = planned = self._plan()
-        for shard in committed_shards(self.meta):
-            before = len(self.problems)
-            self._commit(shard, planned)
-            if len(self.problems) > before:
-                self.bad_shards.append(shard)
-                # A record that cannot be read tells nothing; then all that was planned is lost with it.
-                self.lost.update(self.ids.get(shard, sorted(planned.get(shard, ()))))
+        self.planned = self._plan()
+        for shard, commit in iter_records(self.meta):
+            self._commit(shard, commit)
         self._orphans()
+        self._current()
         self._snapshots()
 
     def _report(self, kind: Kind, where: Path | str, message: object) -> None:
@@ -103,18 +102,19 @@ class Inspection:
             self._report("metadata", self.meta.place(FEATURES_JSON), f"is not the metadata of {shards} planned shards")
         return planned
 
-    def _commit(self, shard: int, planned: dict[int, set[str]]) -> None:
-        try:
-            commit = read_commit(self.meta, shard)
-        except StoreUnreachableError:
-            raise
-        except VlmDistError as error:
-            self._report("commit", self.meta.place(commit_key(shard)), error)
+    def _commit(self, shard: int, commit: Commit | StoreError) -> None:
+        self.shards += 1
+        if isinstance(commit, StoreError):
+            self._report("commit", self.meta.place(commit_key(shard)), commit)
+            self.bad_shards.append(shard)
+            self.bad_records.append(shard)
+            self.lost.update(self.planned.get(shard, ()))  # it tells nothing; perhaps all that was planned is lost
             return
+        before = len(self.problems)
         row = 0
         for record in commit.videos:
             where = f"shard {shard}, video {record.video_id}"
-            if not self.bad_segments and record.video_id not in planned.get(shard, ()):
+            if not self.bad_segments and record.video_id not in self.planned.get(shard, ()):
                 self._report("commit", where, "is not planned for this shard")
             if record.status == "ok":
                 if record.row != row or not record.n_rows:
@@ -122,54 +122,44 @@ class Inspection:
                 row = record.row + record.n_rows
         if row != commit.rows or commit.size != (shard_bytes(self.meta, row) if row else 0):
             self._report("commit", self.meta.place(commit_key(shard)), f"{commit.size} bytes do not fit {row} rows")
-        self._shard(commit)
+        ok = [record for record in commit.videos if record.status == "ok"]
         self.ids[shard] = [record.video_id for record in commit.videos]
-        ok = (record for record in commit.videos if record.status == "ok")
         self.videos.update((r.video_id.encode(), shard, r.row, r.n_rows, r.crc32c) for r in ok)
+        if len(self.problems) > before:
+            self.bad_shards.append(shard)
+            self.lost.update(self.ids[shard])
+        elif not self._shard(commit):
+            self.bad_shards.append(shard)
+            self.damaged.append(shard)
 
-    def _shard(self, commit: Commit) -> None:
+    def _shard(self, commit: Commit) -> bool:
+        """Whether the file of a sound record is as it says; else its videos that are not whole are lost."""
         if not commit.size:
-            return
-        final = shard_key(commit.shard)
-        size = self.published.get(final)
-        key = final
-        if size is None:  # not published yet, or since we listed
-            key = staged_key(commit.shard, commit.attempt)
-            size = self.meta.storage.size(key)
-        if size is None:
-            key, size = final, self.meta.storage.size(final)
+            return True
+        before = len(self.problems)
+        key, size = shard_place(self.meta, commit, self.published)
         where = f"shard {commit.shard} ({self.meta.place(key)})"
         if size is None:
             self._report("shard", where, "is committed, but the file is missing")
-        elif size != commit.size:
-            self._report("shard", where, f"has {size:,} bytes, {commit.size:,} were committed")
-        elif self.deep:
-            self.bytes_checked += commit.size
-            with fetched(self.meta.storage, key) as path:
-                self._shard_bytes(commit, path, where)
+            self.lost.update(record.video_id for record in commit.videos if record.status == "ok")
+            return False
+        if size == commit.size and not self.deep:
+            return True
+        with fetched(self.meta.storage, key) as path:
+            if size != commit.size:
+                self._report("shard", where, f"has {size:,} bytes, {commit.size:,} were committed")
+            else:
+                self.bytes_checked += size
+                for kind, which, what in check_shard(self.meta, commit, path):
+                    self._report(kind, f"{where}{which}", what)
+            if len(self.problems) > before:
+                self.lost.update(record.video_id for record in broken_videos(self.meta, commit, path))
+        return len(self.problems) == before
 
-    def _shard_bytes(self, commit: Commit, path: Path, where: str) -> None:
-        """Checksums of the chunk index, of every chunk, of every video, and of the file."""
-        before = len(self.problems)
-        try:
-            bad = list(bad_chunks(self.meta, path))
-        except StoreUnreachableError:
-            raise
-        except VlmDistError as error:
-            self._report("shard", where, error)
-            return
-        spans = [(r.row, r.row + r.n_rows, r) for r in commit.videos if r.status == "ok"]
-        for chunk, why in bad:
-            first, last = chunk * CHUNK_ROWS, (chunk + 1) * CHUNK_ROWS
-            hit = [record.video_id for start, end, record in spans if start < last and end > first]
-            self._report("chunk", f"{where}, chunk {chunk}, video {', '.join(hit) or 'none'}", why)
-        raw = np.memmap(path, np.uint8, "r")
-        for start, end, record in spans:
-            if _rows_crc(self.meta, raw, start, end) != record.crc32c:
-                chunks = f"chunks {start // CHUNK_ROWS} to {(end - 1) // CHUNK_ROWS}"
-                self._report("video", f"video {record.video_id}, {where}, {chunks}", "crc32c differs")
-        if len(self.problems) == before and crc32c(np.asarray(raw)) != commit.crc32c:
-            self._report("shard", where, "crc32c of the file differs from the commit record")
+    def sound_ids(self) -> set[str]:
+        """Ids of the videos that some shard has whole."""
+        bad = set(self.bad_shards)
+        return {key.decode() for key, shard, *_ in self.videos if shard not in bad}
 
     def _orphans(self) -> None:
         committed = {shard_key(shard) for shard in committed_shards(self.meta)}
@@ -178,6 +168,11 @@ class Inspection:
             number = key.split("/")[2]
             self.lost.update(self.planned.get(int(number), ()) if number.isdigit() else ())
             self._report("stray", self.meta.place(key), "is a shard whose commit record is lost")
+
+    def _current(self) -> None:
+        """The first snapshot is there a moment before CURRENT is; a second one is made after it."""
+        if len(snapshot_names(self.meta)) > 1 and self.meta.storage.size(CURRENT) is None:
+            self._report("index", CURRENT, "is missing")
 
     def _snapshots(self) -> None:
         names = snapshot_names(self.meta)
@@ -290,15 +285,3 @@ def wrong_captions(table: CaptionTable, videos: int, limits_ms: np.ndarray, piec
     if len(table.tokens) and int(table.tokens.max()) >= pieces:
         return f"a token is not one of the tokenizer's {pieces} pieces"
     return ""
-
-
-def _rows_crc(meta: StoreMeta, raw: np.ndarray, start: int, end: int) -> int:
-    """CRC-32C over rows of a shard file whose chunks lie in order, as `ShardFile` writes them."""
-    crc = 0
-    while start < end:
-        chunk, within = divmod(start, CHUNK_ROWS)
-        take = min(CHUNK_ROWS - within, end - start)
-        at = chunk * (meta.chunk_bytes + CRC_BYTES) + within * meta.row_bytes
-        crc = crc32c(raw[at : at + take * meta.row_bytes], crc)
-        start += take
-    return crc

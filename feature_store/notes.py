@@ -91,10 +91,18 @@ class Notes:
 
     def _read(self, shard: int) -> Note | None:
         try:
-            video_id, tally, beat = json.loads(self._storage.read(note_key(shard)))
-        except (FileNotFoundError, ValueError, StoreError):
+            return parse_note(self._storage.read(note_key(shard)))
+        except (FileNotFoundError, StoreError):
             return None
-        return Note(video_id, Tally(*tally), beat)
+
+
+def parse_note(data: bytes) -> Note | None:
+    """What `Notes` wrote; None where it is damaged."""
+    try:
+        video_id, tally, beat = json.loads(data)
+    except ValueError:
+        return None
+    return Note(video_id, Tally(*tally), beat)
 
 
 def note_key(shard: int) -> str:

@@ -107,7 +107,7 @@ def plan_videos(
         if create_segment(meta, Segment(number, len(tasks), added, duplicates)):
             tasks.extend(added)
             break
-    _fit_array(meta)
+    fit_array(meta)
     done = set(committed_shards(meta))
     return [_with_paths(task, given) for task in tasks if task.shard not in done]
 
@@ -246,7 +246,7 @@ def _parse(meta: StoreMeta, number: int, data: bytes) -> Segment:
     return Segment(number, first, tuple(tasks), tuple(PlannedVideo(*video) for video in body["duplicates"]))
 
 
-def _fit_array(meta: StoreMeta) -> None:
+def fit_array(meta: StoreMeta) -> None:
     """Grows the features array to the plan. Two planners may do so at once: the last to write looks once more."""
     while True:
         shards = planned_shards(meta)

@@ -1,6 +1,6 @@
-"""Plan segments that are lost or damaged → made anew from the commit records: what a repair does (see verify.py)."""
+"""What a repair plans: lost segments anew from the commit records, a shard for what was saved (see verify.py)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from feature_store.commit import committed_shards
 from feature_store.layout import VOIDED, StoreMeta
@@ -9,12 +9,13 @@ from feature_store.plan import (
     Segment,
     ShardTask,
     create_segment,
+    fit_array,
     planned_shards,
     read_segment,
     segment_key,
     segment_numbers,
 )
-from vlm_dist.errors import StoreError
+from vlm_dist.errors import StoreError, StoreUnreachableError
 
 
 def rebuild_segments(meta: StoreMeta, numbers: Sequence[int], commits: Mapping[int, Sequence[str]]) -> list[str]:
@@ -34,7 +35,7 @@ def rebuild_segments(meta: StoreMeta, numbers: Sequence[int], commits: Mapping[i
     ends = {n: segment.first_shard + len(segment.tasks) for n, segment in intact.items()}
     last_of_all = max([*ends.values(), max(commits, default=-1) + 1], default=0)
     rebuilt: list[Segment] = []
-    for number in sorted(numbers):
+    for number in sorted(set(numbers)):
         first = ends.get(number - 1, 0)
         # Of neighbours that are both lost the first takes all shards between those that are known.
         last = next(
@@ -53,6 +54,31 @@ def rebuild_segments(meta: StoreMeta, numbers: Sequence[int], commits: Mapping[i
     return [
         f"rebuilt plan segment {s.number} from the commit records: give the videos to extract again" for s in rebuilt
     ]
+
+
+def planned_paths(meta: StoreMeta, shards: Collection[int]) -> dict[int, dict[str, str]]:
+    """Path by id of the videos that are planned for some shards, as far as the plan can be read."""
+    found: dict[int, dict[str, str]] = {}
+    for number in segment_numbers(meta):
+        try:
+            segment = read_segment(meta, number)
+        except StoreUnreachableError:
+            raise
+        except StoreError:  # its shards are not found
+            continue
+        found |= {
+            task.shard: {v.video_id: v.path for v in task.videos} for task in segment.tasks if task.shard in shards
+        }
+    return found
+
+
+def plan_shard(meta: StoreMeta, videos: Sequence[PlannedVideo]) -> int:
+    """Plans one further shard for just these videos, whatever is known of them, in a segment of its own; its number."""
+    while True:
+        number, shard = max(segment_numbers(meta), default=-1) + 1, planned_shards(meta)
+        if create_segment(meta, Segment(number, shard, (ShardTask(shard, tuple(videos)),), ())):
+            fit_array(meta)
+            return shard
 
 
 def missing_segments(meta: StoreMeta) -> list[int]:

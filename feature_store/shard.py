@@ -7,6 +7,7 @@ shards; zarr-python and tensorstore read the same bytes (tests).
 """
 
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -104,6 +105,24 @@ def bad_chunks(meta: StoreMeta, path: Path) -> Iterator[tuple[int, str]]:
                 yield chunk, f"{len(raw)} bytes where {meta.chunk_bytes + CRC_BYTES} belong"
             elif crc32c(raw[:-CRC_BYTES]).to_bytes(CRC_BYTES, "little") != raw[-CRC_BYTES:]:
                 yield chunk, "crc32c differs"
+
+
+def read_rows(meta: StoreMeta, file: BufferedReader, row: int, n_rows: int) -> np.ndarray | None:
+    """(n_rows, F) float16 rows of an open shard file by their place, which needs no chunk index.
+
+    `ShardFile` writes chunks in order, so that a file without its end, where the index is, has all others where they
+    belong. No checksum is compared here. None where the file ends before the rows do.
+    """
+    rows = np.empty((n_rows, meta.feature_dim), "<f2")
+    done = 0
+    while done < n_rows:
+        chunk, within = divmod(row + done, CHUNK_ROWS)
+        part = rows[done : done + CHUNK_ROWS - within]
+        file.seek(chunk * (meta.chunk_bytes + CRC_BYTES) + within * meta.row_bytes)
+        if file.readinto(part.data) != part.nbytes:
+            return None
+        done += len(part)
+    return rows
 
 
 REPAIR = "Run `vlm-dist store verify --repair` on the store, then extract again"

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from feature_store.arrays import ArrayInfo, write_column
+from feature_store.at_work import at_work
 from feature_store.caption_table import CaptionTable, TableWriter, pack_ids
 from feature_store.commit import roll_all_forward
 from feature_store.draft import Captions, Draft, Marks, VideoColumns
@@ -67,7 +68,7 @@ def update_snapshot(meta: StoreMeta, build: Callable[[StoreIndex | None], Draft 
             continue
         staged = meta.storage.scratch(scratch_name("snapshot"))
         try:
-            with disk_guard(staged, _size(draft)):
+            with at_work(meta, "a snapshot"), disk_guard(staged, _size(draft)):
                 _write(meta, staged, newest, draft)
                 published = meta.storage.publish(staged, snapshot_key(name))
         finally:

@@ -1,14 +1,19 @@
 """Is a store sound, and if not, mend it (any store → a report): `vlm-dist store verify [--deep] [--repair]`."""
 
+from collections.abc import Mapping, Sequence
+
 from pydantic import BaseModel, ConfigDict, Field
 
-from feature_store.commit import committed_shards, roll_all_forward, void, void_orphan
+from feature_store.at_work import at_work, require_no_writers
+from feature_store.commit import Commit, committed_shards, roll_all_forward, void, void_orphan
 from feature_store.files import SCRATCH
 from feature_store.index import StoreIndex
 from feature_store.inspection import Inspection, Problem
-from feature_store.layout import open_store, set_shard_count
+from feature_store.layout import CURRENT, open_store, set_shard_count, shard_key
 from feature_store.plan import planned_shards
-from feature_store.plan_repair import rebuild_segments
+from feature_store.plan_repair import missing_segments, planned_paths, rebuild_segments
+from feature_store.restore import restore_records
+from feature_store.salvage import salvage_shard, settled_elsewhere
 from feature_store.snapshot import finalise, snapshot_names, void_snapshot
 from feature_store.storage import Root
 
@@ -23,53 +28,83 @@ class VerifyReport(BaseModel):
     shards: int = Field(description="Committed shards.")
     bytes_checked: int = Field(description="Bytes of features whose checksums were compared (deep).")
     repaired: list[str] = Field(description="What a repair did.")
-    to_extract: list[str] = Field(description="Ids of videos in bad shards: what has to be extracted again.")
+    to_extract: list[str] = Field(
+        description="Ids of videos that no shard has whole: what has to be extracted again. Before a repair, all that "
+        "was planned for a shard whose commit record is damaged or lost: a repair may save them."
+    )
 
 
-def verify_store(root: Root, deep: bool = False, repair: bool = False) -> VerifyReport:
+def verify_store(root: Root, deep: bool = False, repair: bool = False, writers_gone: bool = False) -> VerifyReport:
     """Checks a whole store.
 
     Args:
         root: the store.
         deep: also reads every byte and compares all checksums.
-        repair: mends what was found (see `repair_store`) and checks again. Only while nobody writes.
+        repair: mends what was found (see `repair_store`) and checks again.
+        writers_gone: repair although a writer gave a sign of life within the last minute: it was killed.
 
     Raises:
-        StoreError: there is no store, or its zarr.json itself is damaged.
+        StoreError: there is no store, its zarr.json itself is damaged, or a repair was asked for while somebody writes.
     """
-    inspection = Inspection(open_store(root), deep, fresh=deep or repair)
-    inspection.run()
-    lost = sorted(inspection.lost - inspection.deleted)
-    repaired = repair_store(inspection) if repair else []
-    if repair:
-        inspection = Inspection(inspection.meta, deep, fresh=True)
+    meta = open_store(root)
+    if not repair:
+        inspection = Inspection(meta, deep, fresh=deep)
         inspection.run()
+        return _report(inspection, inspection.lost - inspection.deleted, [])
+    if not writers_gone:
+        require_no_writers(meta)
+    with at_work(meta, "store verify --repair") as note:
+        inspection = Inspection(meta, deep, fresh=True)
+        inspection.run()
+        if not writers_gone:
+            require_no_writers(meta, but=note)  # a deep look takes hours
+        repaired = repair_store(inspection, note)
+        lost = inspection.lost - inspection.deleted
+        inspection = Inspection(meta, deep, fresh=True)
+        inspection.run()
+        return _report(inspection, lost, repaired)
+
+
+def _report(inspection: Inspection, lost: set[str], repaired: list[str]) -> VerifyReport:
     return VerifyReport(
         problems=inspection.problems,
         videos=len({key for key, *_ in inspection.videos}),
-        shards=len(committed_shards(inspection.meta)),
+        shards=inspection.shards,
         bytes_checked=inspection.bytes_checked,
         repaired=repaired,
-        to_extract=lost,
+        to_extract=sorted(lost - inspection.sound_ids()),
     )
 
 
-def repair_store(inspection: Inspection) -> list[str]:
+def repair_store(inspection: Inspection, note: str = "") -> list[str]:
     """Mends what an inspection found, and says what it did. Only while nobody writes to the store.
 
-    Nothing is deleted but unfinished attempts: what is taken out lies in `_voided`, and its videos are given out again
-    by the next extraction. Captions of videos that are taken out wait for them.
+    Nothing is deleted but unfinished attempts: what is taken out lies in `_voided`. Videos that are whole are kept
+    wherever a record or a snapshot says which they are; the others are given out again by the next extraction. Captions
+    of videos that are taken out wait for them.
+
+    Args:
+        inspection: has looked at everything.
+        note: the repair's own note in `_staging`, which stays.
     """
     meta = inspection.meta
-    done: list[str] = []
-    if inspection.bad_segments:  # first: voided shards are planned anew
-        done.extend(rebuild_segments(meta, inspection.bad_segments, inspection.ids))
-    for shard in inspection.bad_shards:
-        void(meta, shard)
-        done.append(f"voided shard {shard}: extract again to make its videos anew")
+    without = _without_record(inspection)
+    paths = planned_paths(meta, {*inspection.bad_shards, *without})
+    good = [name for name in snapshot_names(meta) if name not in inspection.bad_snapshots]
+    restored = restore_records(meta, without, good if without else [], paths)
+    done = [_restored_line(commit, name, paths) for commit, name in restored.values()]
     for key in inspection.orphans:
-        void_orphan(meta, key)
-        done.append(f"took out {meta.place(key)}, which no commit record names: extract again to make its videos anew")
+        if key not in map(shard_key, restored):
+            void_orphan(meta, key)
+            done.append(
+                f"took out {meta.place(key)}, which no commit record names: extract again to make its videos anew"
+            )
+    bad_segments = [*inspection.bad_segments, *missing_segments(meta)]
+    if bad_segments:  # before shards are voided: it is their records that say what was planned
+        ids = {shard: inspection.ids.get(shard, []) for shard in committed_shards(meta)}
+        ids |= {shard: [record.video_id for record in commit.videos] for shard, (commit, _) in restored.items()}
+        done.extend(rebuild_segments(meta, bad_segments, ids))
+    done.extend(_take_out(inspection, [shard for shard in inspection.bad_shards if shard not in restored], paths))
     for name in inspection.bad_snapshots:
         void_snapshot(meta, name)
         done.append(f"took out damaged snapshot {name}")
@@ -78,12 +113,46 @@ def repair_store(inspection: Inspection) -> list[str]:
         done.append(f"captions are those of snapshot {left[-1]}" if left else "no captions are left: write them again")
     done.extend(f"published shard {commit.shard}" for commit, now in roll_all_forward(meta) if now)
     for name in meta.storage.names(SCRATCH):
-        meta.storage.remove(f"{SCRATCH}/{name}")
-        done.append(f"removed unfinished {name}")
-    if any(problem.kind == "metadata" for problem in inspection.problems) or inspection.bad_segments:
+        if name != note:
+            meta.storage.remove(f"{SCRATCH}/{name}")
+            done.append(f"removed unfinished {name}")
+    if any(problem.kind == "metadata" for problem in inspection.problems) or bad_segments:
         set_shard_count(meta, planned_shards(meta))
         done.append("wrote features/zarr.json anew")
     before = snapshot_names(meta)
     if (name := finalise(meta.root)) not in before:
         done.append(f"wrote snapshot {name}")
+    if any(problem.where == CURRENT for problem in inspection.problems):
+        done.append(f"wrote {CURRENT} anew: it names snapshot {name}")
+    return done
+
+
+def _without_record(inspection: Inspection) -> dict[int, int]:
+    """Shards that are published and whose record is damaged or lost, with the bytes of their files."""
+    orphans = {shard_key(int(number)) for key in inspection.orphans if (number := key.split("/")[2]).isdigit()}
+    keys = {*map(shard_key, inspection.bad_records), *orphans.intersection(inspection.orphans)}
+    return {int(key.split("/")[2]): size for key, size in inspection.published.items() if key in keys}
+
+
+def _restored_line(commit: Commit, name: str, paths: Mapping[int, Mapping[str, str]]) -> str:
+    planned = max(len(commit.videos), len(paths.get(commit.shard, ())))
+    return (
+        f"kept {len(commit.videos)} of {planned} videos of shard {commit.shard}: "
+        f"made its commit record anew from snapshot {name}"
+    )
+
+
+def _take_out(inspection: Inspection, shards: Sequence[int], paths: Mapping[int, Mapping[str, str]]) -> list[str]:
+    """Voids bad shards; what is whole of those whose record is sound is kept first."""
+    meta = inspection.meta
+    done: list[str] = []
+    settled = settled_elsewhere(meta, inspection.damaged, shards) if inspection.damaged else {}
+    committed = set(committed_shards(meta))
+    waiting = {shard: ids for shard, ids in inspection.planned.items() if shard not in committed}
+    for shard in shards:
+        if shard in inspection.damaged:
+            done.extend(salvage_shard(meta, shard, paths.get(shard, {}), waiting, settled))
+        else:
+            void(meta, shard)
+            done.append(f"voided shard {shard}: extract again to make its videos anew")
     return done

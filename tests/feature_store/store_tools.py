@@ -1,10 +1,12 @@
 """What the store's tests share: random features, a filled store, and what it must hold."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from feature_store.commit import Commit
 from feature_store.config import ExtractConfig
 from feature_store.encode import Extracted, clip_encoder, features_from_file
 from feature_store.layout import create_store
@@ -12,7 +14,7 @@ from feature_store.plan import PlannedVideo, plan_videos
 from feature_store.records import Provenance, VideoRecord
 from feature_store.s3d import S3D
 from feature_store.snapshot import finalise
-from feature_store.storage import Root
+from feature_store.storage import Root, open_storage
 from feature_store.writer import ShardAttempt
 
 F = 32
@@ -65,6 +67,27 @@ def random_corpus(videos: int, longest: int = 600, seed: int = 0) -> dict[str, n
     """Videos of 1 to `longest` rows."""
     lengths = np.random.default_rng(seed).integers(1, longest + 1, videos).tolist()
     return {f"video-{number:03d}": features(f"video-{number:03d}", rows) for number, rows in enumerate(lengths)}
+
+
+def change(root: Root, key: str, how: Callable[[bytes], bytes]) -> None:
+    """Damages an object of a store, wherever the store is."""
+    storage = open_storage(root)
+    storage.replace(key, how(storage.read(key)))
+
+
+def flipped(byte: int, bit: int = 0) -> Callable[[bytes], bytes]:
+    """One bit of an object changed."""
+    return lambda data: data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
+
+
+def whole_after_cut(commit: Commit, size: int, width: int = F) -> set[str]:
+    """Ids of a shard whose rows lie within its first bytes: chunks of 256 rows and four bytes of checksum, in order."""
+
+    def end(record: VideoRecord) -> int:
+        chunk, within = divmod(record.row + record.n_rows - 1, 256)
+        return chunk * (256 * width * 2 + 4) + (within + 1) * width * 2
+
+    return {record.video_id for record in commit.videos if record.status == "ok" and end(record) <= size}
 
 
 def flip_bit(path: Path, byte: int, bit: int = 0) -> None:

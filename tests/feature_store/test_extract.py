@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from feature_store.at_work import require_no_writers
 from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.encoder import kept_weights, prepare_encoder
 from feature_store.extract import ExtractProgress, ExtractSummary, extract_corpus
@@ -120,7 +121,13 @@ def test_broken_videos_are_recorded_and_the_rest_goes_on(
     videos = list_inputs([*good, *broken_videos.values()])
     videos.append(PlannedVideo(video_id="good1", path=str(good[2])))
     seen: list[ExtractProgress] = []
-    summary = extract_corpus(tmp_path / "store", videos, CFG, random_seed=0, on_progress=seen.append)
+
+    def look(progress: ExtractProgress) -> None:
+        seen.append(progress)
+        with pytest.raises(StoreError, match="is being written to"):
+            require_no_writers(open_store(tmp_path / "store"))
+
+    summary = extract_corpus(tmp_path / "store", videos, CFG, random_seed=0, on_progress=look)
     assert (summary.listed, summary.tally.ok, summary.tally.failed) == (10, 3, 6)
     assert summary.tally.reasons == dict.fromkeys(broken_videos, 1)
     found = failures(tmp_path / "store")

@@ -298,3 +298,80 @@ def test_what_a_killed_verify_left_goes(remote: str, cache: Path) -> None:
         working.kill()
     assert filler("copy", "kill").wait() == -signal.SIGKILL
     assert copies() == 1
+
+
+def test_a_tree_in_use_is_spared(remote: str, small: Corpus, cache: Path) -> None:
+    reader = pickle.loads(pickle.dumps(FeatureReader(remote, "always")))
+    tree, name = tree_of(cache, reader.index), reader.index.name
+    snapshots(remote, 7)
+    assert tree.is_dir()
+    assert whole(reader, small)
+    pending = reader.index.pending()
+    assert pending is not None
+    assert pending[0] == [b"v5", b"waits"]
+    assert (
+        load_tokenizer(str(reader.index.tokenizer_dir)).sha256 == reader.index.details["captions"]["tokenizer_sha256"]
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from feature_store.index import StoreIndex; "
+         f"i = StoreIndex({remote!r}, {name!r}); print('open', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        del reader
+        gc.collect()
+        os.utime(tree, (0, 0))
+        snapshots(remote, 1)
+        assert tree.is_dir(), "another process has it"
+        other.kill()
+    os.utime(tree, (0, 0))
+    snapshots(remote, 1)
+    assert not tree.exists()
+    assert len(list(tree.parent.iterdir())) == 4
+
+
+def test_use_counts_as_use(remote: str, cache: Path) -> None:
+    index = StoreIndex(remote)
+    tree, name = tree_of(cache, index), index.name
+    del index
+    snapshots(remote, 3)
+    os.utime(tree, (0, 0))
+    StoreIndex(remote, name)
+    snapshots(remote, 1)
+    assert tree.is_dir()
+    os.utime(tree, (0, 0))
+    snapshots(remote, 1)
+    assert not tree.exists()
+
+
+def test_a_tree_that_is_gone_nevertheless_is_fetched_again(remote: str, small: Corpus, cache: Path) -> None:
+    for use in (
+        lambda index: index.pending()[0] == [b"v5", b"waits"],
+        lambda index: index.deleted() == [b"v5"],
+        lambda index: index.tokenizer_dir.is_dir(),
+        lambda index: index.check_all() is False,
+        lambda index: pickle.loads(pickle.dumps(index)).num_videos == 5,
+    ):
+        index = StoreIndex(remote)
+        shutil.rmtree(cache / "trees")
+        assert use(index)
+
+
+def test_no_descriptor_leaks(remote: str, cache: Path) -> None:
+    StoreIndex(remote)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        index = StoreIndex(remote)
+        flip_bit(tree_of(cache, index) / "text/c/0", 0)
+        index.check_all()
+        shard = FeatureReader(remote, "always", cache_bytes=BUDGET)
+        shard.read(0)
+        flip_bit(next((cache / "shards").iterdir()), 1000)
+        shard.read(0)
+        verify_store(remote, deep=True)
+        del index, shard
+        gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before

@@ -145,10 +145,14 @@ def test_damage_is_found_and_mended(remote: str, corpus: Corpus) -> None:
     assert not verify_store(remote, deep=True).problems
     old = FeatureReader(remote, "off")
     shard = int(old.index.shard[3])
+    held = int((old.index.shard == shard).sum())
     storage.replace(shard_key(shard), storage.read(shard_key(shard))[:-7])
     report = verify_store(remote, deep=True, repair=True)
     assert not report.problems
-    assert f"voided shard {shard}: extract again to make its videos anew" in report.repaired
+    assert report.repaired[0].startswith(f"kept {held} of {held} videos")
+    assert report.repaired[1] == f"voided shard {shard}: nothing is lost"
+    assert (report.to_extract, report.videos) == ([], 30)
+    assert same(everything(FeatureReader(remote, "always")), corpus)
     write_shards(remote, corpus)
     finalise(remote)
     assert same(everything(FeatureReader(remote, "always")), corpus)

@@ -11,14 +11,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from feature_store.commit import Commit, commit_key, committed_shards, create_record, read_commit
 from feature_store.index import current_snapshot
-from feature_store.layout import create_store, open_store, shard_key
+from feature_store.layout import CHUNK_ROWS, create_store, open_store, shard_key
 from feature_store.marks import delete_videos
 from feature_store.plan import PlannedVideo, ShardTask, plan_videos
 from feature_store.reader import FeatureReader
 from feature_store.snapshot import finalise
 from feature_store.verify import verify_store
 from feature_store.writer import ShardAttempt
-from tests.feature_store.store_tools import add_video, features, flip_bit, provenance
+from tests.feature_store.store_tools import F, add_video, features, flip_bit, provenance, whole_after_cut
 
 ROWS = 512
 LENGTHS = {f"v{number}": 1 + number * 67 % 300 for number in range(30)} | {"broken": 0, "long": ROWS + 1}
@@ -109,18 +109,40 @@ class StoreMachine(RuleBasedStateMachine):
         finalise(self.root)
         shards = [shard for shard in committed_shards(self.meta) if read_commit(self.meta, shard).size]
         shard = shards[pick % len(shards)]
-        lost = {record.video_id for record in read_commit(self.meta, shard).videos if record.status == "ok"}
+        commit = read_commit(self.meta, shard)
+        held = {record.video_id for record in commit.videos if record.status == "ok"}
+        lost = set[str]() if what == "record" else held
         path = self.root / (commit_key(shard) if what == "record" else shard_key(shard))
         if what == "lose":
             path.unlink()
         elif what == "cut":
             path.write_bytes(path.read_bytes()[: byte % path.stat().st_size])
+            lost = held - whole_after_cut(commit, path.stat().st_size)
         else:
-            flip_bit(path, byte % path.stat().st_size)
+            at = byte % path.stat().st_size
+            flip_bit(path, at)
+            if what == "flip":  # the videos that end before this byte, or begin after it, are whole
+                lost = whole_after_cut(commit, 10**9) - whole_after_cut(commit, at) - self.after(commit, at)
         assert verify_store(self.root, deep=True).problems
-        assert not verify_store(self.root, deep=True, repair=True).problems
+        report = verify_store(self.root, deep=True, repair=True)
+        assert not report.problems
+        if what == "record" and held & self.deleted:  # perhaps no snapshot ever had all of it
+            lost = held - {i for s in committed_shards(self.meta) for i in self.ok(s)}
+            assert lost in (set(), held)
+        assert held & set(report.to_extract) == lost - self.deleted
         self.committed = {i: salt for i, salt in self.committed.items() if i not in lost}
         self.publish()
+
+    def ok(self, shard: int) -> set[str]:
+        return {record.video_id for record in read_commit(self.meta, shard).videos if record.status == "ok"}
+
+    def after(self, commit: Commit, at: int) -> set[str]:
+        """Videos of a shard that begin after a byte, and all where the byte is in no row."""
+        chunk, within = divmod(at, CHUNK_ROWS * F * 2 + 4)
+        row = chunk * CHUNK_ROWS + within // (F * 2)
+        if within >= CHUNK_ROWS * F * 2 or row >= commit.rows:
+            return {record.video_id for record in commit.videos}
+        return {record.video_id for record in commit.videos if record.row > row}
 
     @invariant()
     def readers_see_what_was_published(self) -> None:

@@ -3,22 +3,33 @@
 import json
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from feature_store.captions import write_captions
-from feature_store.commit import iter_commits, void
+from feature_store.commit import commit_key, committed_shards, iter_commits, read_commit, void
 from feature_store.config import CaptionConfig
 from feature_store.index import StoreIndex
 from feature_store.info import failures, store_info
 from feature_store.layout import open_store
+from feature_store.local_storage import LocalStorage
 from feature_store.plan import plan_videos
 from feature_store.reader import FeatureReader
+from feature_store.s3_storage import S3Storage
 from feature_store.snapshot import finalise
 from feature_store.verify import verify_store
-from tests.feature_store.store_tools import features, flip_bit, make_store, write_shards
+from tests.feature_store.store_tools import (
+    change,
+    features,
+    flip_bit,
+    flipped,
+    make_store,
+    whole_after_cut,
+    write_shards,
+)
 from vlm_dist.errors import StoreError
 
 Corpus = dict[str, np.ndarray | None]
@@ -70,10 +81,12 @@ def test_flipped_bit_in_features_names_video_shard_and_chunk(narrated: Path, cor
     assert "chunk 0" in problems[0].where
     report = verify_store(narrated, deep=True, repair=True)
     assert not report.problems
-    assert report.repaired[0].startswith("voided shard 1")
-    gone = [index.video_id(v) for v in np.flatnonzero(index.shard == 1).tolist()]
-    assert set(report.to_extract) - {"broken"} == set(gone)
-    assert report.videos < 30
+    held = int((index.shard == 1).sum())
+    assert held > 1
+    assert report.repaired[0].startswith(f"kept {held - 1} of {held} videos")
+    assert report.repaired[1] == "voided shard 1: extract again to make 1 of its videos anew"
+    assert report.to_extract == [index.video_id(video)], "nothing else of the shard is lost"
+    assert report.videos == 29
     restore(narrated, corpus)
     assert StoreIndex(narrated).fingerprint == fingerprint, "captions came back with their videos"
 
@@ -82,13 +95,19 @@ def test_flipped_bit_in_features_names_video_shard_and_chunk(narrated: Path, cor
 def test_shards_that_are_gone_or_short(narrated: Path, corpus: Corpus, damage: str) -> None:
     path = narrated / "features/c/2/0"
     data = path.read_bytes()
-    path.unlink() if damage == "deleted" else path.write_bytes(data[: 0 if damage == "empty" else 3000])
+    kept = data[: 3000 if damage == "truncated" else 0]
+    path.unlink() if damage == "deleted" else path.write_bytes(kept)
     with pytest.raises(StoreError, match="shard 2"):
         finalise(narrated)
+    commit = read_commit(open_store(narrated), 2)
+    lost = {r.video_id for r in commit.videos if r.status == "ok"} - whole_after_cut(commit, len(kept))
     (problem,) = verify_store(narrated).problems
     assert problem.kind == "shard"
     assert "shard 2" in problem.where
-    assert not verify_store(narrated, repair=True).problems
+    report = verify_store(narrated, repair=True)
+    assert not report.problems
+    assert set(report.to_extract) == lost
+    assert report.videos == 30 - len(lost)
     restore(narrated, corpus)
 
 
@@ -101,6 +120,8 @@ def test_damaged_commit_record(narrated: Path, corpus: Corpus) -> None:
     report = verify_store(narrated, repair=True)
     assert not report.problems
     assert list((narrated / "_voided").glob("000003.*"))
+    assert report.videos == 30, "the file is sound, and the snapshot knows what is in it"
+    assert set(report.to_extract) <= {"broken"}
     restore(narrated, corpus)
 
 
@@ -113,8 +134,67 @@ def test_a_half_copied_store(narrated: Path, corpus: Corpus) -> None:
     assert any("features/c/4/0" in problem.where for problem in problems)
     report = verify_store(narrated, repair=True)
     assert not report.problems
-    assert StoreIndex(narrated).num_videos == report.videos < 30
+    assert StoreIndex(narrated).num_videos == report.videos == 30, (
+        "the snapshot vouches for them: their records are back"
+    )
+    assert set(report.to_extract) <= {"broken"}
     restore(narrated, corpus)
+
+
+def test_a_half_copied_store_without_its_snapshots(narrated: Path, corpus: Corpus) -> None:
+    for number in (0, 4):
+        (narrated / f"_commits/{number:06d}.json").unlink()
+    for snapshot in (narrated / "index").glob("0*"):
+        shutil.rmtree(snapshot)
+    (narrated / "CURRENT").unlink()
+    report = verify_store(narrated, repair=True)
+    assert not report.problems
+    assert StoreIndex(narrated).num_videos == report.videos < 30
+    assert len(set(report.to_extract) - {"broken"}) == 30 - report.videos
+    assert sum("which no commit record names" in line for line in report.repaired) == 2
+    restore(narrated, corpus)
+
+
+@pytest.mark.parametrize("damage", ["lost", "flipped"])
+def test_a_current_that_is_lost(narrated: Path, corpus: Corpus, damage: str) -> None:
+    current = narrated / "CURRENT"
+    told = current.read_bytes()
+    current.unlink() if damage == "lost" else flip_bit(current, 2)
+    (problem,) = verify_store(narrated).problems
+    assert (problem.kind, problem.where) == ("index", "CURRENT")
+    report = verify_store(narrated, repair=True)
+    assert not report.problems
+    assert report.repaired == [f"wrote CURRENT anew: it names snapshot {told[:6].decode()}"]
+    assert current.read_bytes() == told
+
+
+def test_a_kill_before_the_first_current(store: Path) -> None:
+    """The only snapshot was published, and its writer killed before CURRENT was there: no damage."""
+    (store / "CURRENT").unlink()
+    assert verify_store(store).problems == []
+
+
+def test_all_records_are_read_at_once_and_damaged_ones_named(
+    place: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(place, corpus)
+    for shard in (1, 3):
+        change(place, commit_key(shard), flipped(200, 2))
+    readers: set[str] = set()
+    if place.startswith("s3:"):
+        read = S3Storage.read
+
+        def watched(self: S3Storage, key: str) -> bytes:
+            readers.update({threading.current_thread().name} if key.startswith("_commits/") else ())
+            return read(self, key)
+
+        monkeypatch.setattr(S3Storage, "read", watched)
+    report = verify_store(place)
+    bad = [problem.where for problem in report.problems if problem.kind == "commit"]
+    assert bad == [open_store(place).place(commit_key(shard)) for shard in (1, 3)]
+    assert report.shards == len(committed_shards(open_store(place)))
+    assert threading.current_thread().name not in readers, "one request after another"
+    assert not verify_store(place, repair=True).problems
 
 
 def test_damaged_index_arrays(narrated: Path, corpus: Corpus, tmp_path: Path) -> None:
@@ -215,3 +295,17 @@ def test_a_shard_that_is_done_again_settles_a_failure(store: Path, corpus: Corpu
     assert np.array_equal(reader.read(reader.index.find("broken")), features("broken", 9))
     assert store_info(store)["videos"] == {"planned": 31, "ok": 31, "failed": 0, "open": 0, "deleted": 0}
     assert not verify_store(store, deep=True).problems
+
+
+def test_info_reads_every_record_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, keys = LocalStorage.read, list[str]()
+
+    def counted(self: LocalStorage, key: str) -> bytes:
+        keys.append(key)
+        return read(self, key)
+
+    monkeypatch.setattr(LocalStorage, "read", counted)
+    shards = store_info(store)["shards"]
+    once = [key for key in keys if key.startswith(("_commits/", "_plan/"))]
+    assert len(once) == len(set(once))
+    assert shards == {"planned": 16, "committed": len([key for key in once if key.startswith("_commits/")])}

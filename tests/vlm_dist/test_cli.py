@@ -38,7 +38,7 @@ SURFACE = {
         *COMMON, "--allow-pickle", "--deduplicate", "--json", "--store", "--tokenizer", "file",
     ],
     "store info": [*COMMON, "--json", "--plot", "store"],
-    "store verify": [*COMMON, "--deep", "--json", "--repair", "store"],
+    "store verify": [*COMMON, "--deep", "--json", "--repair", "--writers-gone", "store"],
     "store failures": [*COMMON, "--json", "store"],
     "store import": [
         *COMMON, "--allow-pickle", "--captions", "--extractor", "--ids", "--json", "--normalise", "--store", "--strict",

@@ -72,6 +72,13 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Put right what can be put right without the videos.")
     ] = False,
+    writers_gone: Annotated[
+        bool,
+        typer.Option(
+            "--writers-gone",
+            help="Repair although a writer gave a sign of life within the last minute: you know that it was killed.",
+        ),
+    ] = False,
     workspace: Workspace = HERE,
     overrides: Overrides = None,
     json: Json = False,
@@ -79,18 +86,19 @@ def verify(
     """Check a store; exit code 1 when anything is wrong.
 
     Without --deep the structure is checked, which takes seconds; --deep reads all features and names each damaged
-    video, shard and chunk. Use --repair only while nobody writes to the store: it removes what is unfinished.
+    video, shard and chunk. --repair keeps every video that is whole, also of damaged shards. It removes what is
+    unfinished, so it is refused while somebody writes to the store. With --deep it also mends what only checksums show.
 
     \b
     Examples:
       vlm-dist store verify --deep
-      vlm-dist store verify my-store --repair --json
+      vlm-dist store verify my-store --deep --repair --json
     """
     from feature_store.verify import verify_store
     from vlm_dist.cli.output import print_error, print_json, print_table
 
     root = store_address(store, workspace, overrides)
-    report = verify_store(root, deep=deep, repair=repair)
+    report = verify_store(root, deep=deep, repair=repair, writers_gone=writers_gone)
     problems = report.problems
     if json:
         print_json({"ok": not problems, **report.model_dump()})
