@@ -52,6 +52,7 @@ def export_parquet(root: Root, folder: Path, on_progress: Callable[[int], None] 
         StoreError: no store, damaged captions (the video is named), another folder's content, a full disk.
     """
     index = StoreIndex(root)
+    index.check_columns()
     open_export(folder, index)
     tables = {
         "videos.parquet": (VIDEOS, _video_groups(index)),

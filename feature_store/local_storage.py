@@ -154,6 +154,7 @@ class LocalStorage:
             fsync_dir(folder)
 
     def publish(self, folder: Path, key: str) -> bool:
+        self.path(key).parent.mkdir(exist_ok=True)  # a copy of a store may have lost it
         try:
             folder.rename(self.path(key))
         except OSError as error:

@@ -170,10 +170,14 @@ class FeatureReader:
         keys = [shard_key(int(self.index.shard[read.video])) for read in reads]
         ranges = [(key, run.offset, run.length) for key, read in zip(keys, reads, strict=True) for run in read.runs]
         pieces = self.meta.storage.read_ranges(ranges)
-        return [
-            sum(run.length - scatter(np.frombuffer(next(pieces), np.uint8), run.buffers) for run in read.runs)
-            for read in reads
-        ]
+        try:
+            return [
+                sum([run.length - scatter(np.frombuffer(next(pieces), np.uint8), run.buffers) for run in read.runs])
+                for read in reads
+            ]
+        except FileNotFoundError:  # taken out by a repair since its chunk index was read
+            gone = next((key for key in keys if self.meta.storage.size(key) is None), keys[0])
+            raise StoreError(f"{self.meta.place(gone)} is missing. {REPAIR}") from None
 
     def _complete(self, read: _Read, short: int) -> np.ndarray:
         """Features of a read that is filled.

@@ -109,8 +109,9 @@ def repair_store(inspection: Inspection, note: str = "") -> list[str]:
         void_snapshot(meta, name)
         done.append(f"took out damaged snapshot {name}")
     if inspection.bad_snapshots:
-        left = [name for name in snapshot_names(meta) if StoreIndex(meta.root, name).tokenizer_dir]
-        done.append(f"captions are those of snapshot {left[-1]}" if left else "no captions are left: write them again")
+        newest_first = reversed(snapshot_names(meta))
+        left = next((name for name in newest_first if StoreIndex(meta.root, name).tokenizer_dir), "")
+        done.append(f"captions are those of snapshot {left}" if left else "no captions are left: write them again")
     done.extend(f"published shard {commit.shard}" for commit, now in roll_all_forward(meta) if now)
     for name in meta.storage.names(SCRATCH):
         if name != note:

@@ -14,7 +14,7 @@ import zarr
 from obstore.store import S3Store
 
 from feature_store.captions import write_captions
-from feature_store.commit import commit_key, committed_shards, staged_key
+from feature_store.commit import commit_key, committed_shards, staged_key, void
 from feature_store.config import CaptionConfig
 from feature_store.files import SCRATCH
 from feature_store.index import StoreIndex
@@ -251,3 +251,12 @@ def test_what_is_wrong_with_a_node_is_no_damage_of_the_store(
             act(remote)
     monkeypatch.setenv("FEATURE_STORE_CACHE", str(tmp_path / "node-cache"))
     assert StoreIndex(remote).name == name
+
+
+def test_a_shard_that_was_taken_out_while_it_was_open_is_named(remote: str) -> None:
+    reader = FeatureReader(remote, "off")
+    video = int(np.flatnonzero(reader.index.shard == 0)[0])
+    reader.read(video)
+    void(open_store(remote), 0)
+    with pytest.raises(StoreError, match=r"features/c/0/0 is missing\. Run `vlm-dist store verify --repair`"):
+        reader.read(video)

@@ -309,3 +309,12 @@ def test_info_reads_every_record_once(store: Path, monkeypatch: pytest.MonkeyPat
     once = [key for key in keys if key.startswith(("_commits/", "_plan/"))]
     assert len(once) == len(set(once))
     assert shards == {"planned": 16, "committed": len([key for key in once if key.startswith("_commits/")])}
+
+
+def test_a_lost_index_is_made_anew(store: Path) -> None:
+    before = StoreIndex(store).fingerprint
+    shutil.rmtree(store / "index")
+    (store / "CURRENT").unlink()
+    finalise(store)
+    assert StoreIndex(store).fingerprint == before
+    assert not verify_store(store, deep=True).problems
