@@ -1,4 +1,4 @@
-"""Frames → features: the frozen S3D network that turns each second of video into one token (between decode and store).
+"""Frames → features: what the frozen S3D network is that turns each second of video into one token (see s3d_fused.py).
 
 S3D is an Inception network whose 3-D convolutions are split into space and time (Xie et al. 2018); this variant was
 trained with MIL-NCE on HowTo100M (Miech et al. 2020). Module names are those of the public checkpoint, so its state
@@ -159,8 +159,8 @@ class S3D(nn.Module):
         Returns:
             (B, 512) video embedding, or (B, 1024) for mixed_5c.
         """
-        x = space_to_depth(frames).contiguous(memory_format=torch.channels_last_3d)
-        x = self.conv1(x)[:, :, 1:, 1:, 1:]  # even kernels padded on both sides give one place too many
+        # Even kernels that are padded on both sides give one place too many.
+        x = self.conv1(space_to_depth(frames))[:, :, 1:, 1:, 1:]
         x = self.conv_2c(self.conv_2b(self.maxpool_2a(x)))
         x = self.maxpool_3a(self.gating(x))
         for name in BLOCKS:
