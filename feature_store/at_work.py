@@ -1,8 +1,9 @@
-"""Who is writing to a store right now: notes that are renewed while a writer lives (writers → repair).
+"""Who is writing to a store right now: notes that are renewed while a writer lives (writers ⇄ repair, prune).
 
-A repair removes what is unfinished, so it must not run beside a writer. Whatever writes for longer than a moment shows
-it in `_staging`, in a folder as in a bucket: an extraction, an import, captions, a snapshot and a repair by a note of
-their own here, the workers of an extraction by theirs (notes.py). A writer that was killed falls silent.
+A repair removes what is unfinished, so it must not run beside a writer, nor a writer begin beside a repair: each leaves
+its note in `_staging` and looks for the other's afterwards, so that one of two sees the other. An extraction, an
+import, captions, a snapshot, a prune and a repair have a note of their own here, the workers of an extraction theirs
+(notes.py). How old a note is, the store's own clock tells. A writer that was killed falls silent.
 """
 
 import json
@@ -20,9 +21,12 @@ from feature_store.notes import parse_note
 from vlm_dist.errors import StoreError
 
 QUIET_S = 60.0  # a writer that has given no sign for so long is gone
+REPAIR, SNAPSHOT = "store verify --repair", "a snapshot"
 _BEAT_S = 10.0
 _WRITER = re.compile(r"writer\.[0-9a-f]{32}\.json")
 _WORKER = re.compile(r"note-(\d+)\.json")
+
+_mine: set[str] = set()  # what this process does within its own repair is part of it
 
 
 @contextmanager
@@ -30,6 +34,9 @@ def at_work(meta: StoreMeta, what: str) -> Generator[str]:
     """Shows, while the block runs, that somebody writes to the store; gives the name of the note in `_staging`.
 
     A note that cannot be written stops nobody: a full disk is reported by what is to be written.
+
+    Raises:
+        StoreError: the store is being repaired.
     """
     name = f"{scratch_name('writer')}.json"
     key = f"{SCRATCH}/{name}"
@@ -38,7 +45,7 @@ def at_work(meta: StoreMeta, what: str) -> Generator[str]:
 
     def sign() -> None:
         with suppress(OSError, StoreError):
-            meta.storage.replace(key, json.dumps({"who": who, "beat": time.time()}).encode())
+            meta.storage.replace(key, json.dumps({"who": who}).encode())
 
     def go_on() -> None:
         while not over.wait(_BEAT_S):
@@ -47,36 +54,51 @@ def at_work(meta: StoreMeta, what: str) -> Generator[str]:
     sign()
     thread = Thread(target=go_on, name="at-work", daemon=True)
     thread.start()
+    _mine.add(name)
     try:
+        if what != REPAIR:
+            _refuse(meta, _mine, REPAIR, "Wait until it is done; if it was killed, try again in a minute")
         yield name
     finally:
         over.set()
         thread.join()
+        _mine.discard(name)
         with suppress(OSError, StoreError):
             meta.storage.remove(key)
 
 
-def require_no_writers(meta: StoreMeta, but: str = "") -> None:
+def require_no_writers(meta: StoreMeta, but: str = "", kind: str = "", hint: str = "") -> None:
     """Refuses to go on while somebody writes to the store.
 
     Args:
         meta: the store.
         but: name of the caller's own note.
+        kind: only writers whose `what` begins so.
+        hint: what else may be done about it.
 
     Raises:
         StoreError: names a writer that gave a sign of life within the last minute.
     """
-    for name, who, beat in _signs(meta):
-        if name != but and (age := time.time() - beat) < QUIET_S:
+    _refuse(meta, {but}, kind, f"Wait until it is done; if it was killed, try again in a minute{hint}")
+
+
+def _refuse(meta: StoreMeta, but: set[str], kind: str, advice: str) -> None:
+    now: float | None = None
+    for name, who in list(_signs(meta, kind)):
+        if name in but:
+            continue
+        if now is None:
+            own = next((name for name in but if name), "")
+            now = meta.storage.changed(f"{SCRATCH}/{own}") if own else time.time()
+        if (age := now - meta.storage.changed(f"{SCRATCH}/{name}")) < QUIET_S:
+            doing = "repaired" if kind == REPAIR else "written to"
             raise StoreError(
-                f"{meta.root} is being written to, and a repair removes what is unfinished: {who} gave a sign of life "
-                f"{max(0.0, age):.0f} s ago. Wait until it is done; if it was killed, try again in a minute (or say "
-                "`--writers-gone`, if you are sure of it)"
+                f"{meta.root} is being {doing}: {who} gave a sign of life {max(0.0, age):.0f} s ago. {advice}"
             )
 
 
-def _signs(meta: StoreMeta) -> Iterator[tuple[str, str, float]]:
-    """(note, who, last sign of life by the writer's own clock) of every note that can be read."""
+def _signs(meta: StoreMeta, kind: str) -> Iterator[tuple[str, str]]:
+    """(note, who) of every note that can be read."""
     for name in meta.storage.names(SCRATCH):
         worker = _WORKER.fullmatch(name)
         if not worker and not _WRITER.fullmatch(name):
@@ -85,9 +107,11 @@ def _signs(meta: StoreMeta) -> Iterator[tuple[str, str, float]]:
             data = meta.storage.read(f"{SCRATCH}/{name}")
         except FileNotFoundError:  # its writer is done
             continue
-        if worker and (note := parse_note(data)):
-            yield name, f"the extraction of shard {int(worker[1])}", note.beat
-        elif not worker:
-            with suppress(ValueError):  # half a note: copied or damaged
-                told = json.loads(data)
-                yield name, told["who"], told["beat"]
+        if worker:
+            if parse_note(data) and not kind:
+                yield name, f"the extraction of shard {int(worker[1])}"
+            continue
+        with suppress(ValueError, KeyError, TypeError):  # half a note: copied or damaged
+            who = str(json.loads(data)["who"])
+            if who.startswith(kind):
+                yield name, who

@@ -79,11 +79,8 @@ def export_parquet(root: Root, folder: Path, on_progress: Callable[[int], None] 
 
 
 def _export_splits(index: StoreIndex, folder: Path) -> ExportSummary:
-    """A file of ids for each split, as `store split NAME --videos FILE` takes it; none of splits that are gone."""
+    """A file of ids for each split, as `store split NAME --videos FILE` takes it."""
     written = kept = size = 0
-    for path in folder.glob("*.jsonl"):
-        if path.stem not in index.splits:
-            path.unlink()
     for name in index.splits:
         lines = (json.dumps({"video_id": video_id.decode()}) + "\n" for video_id in index.split_ids(name))
         path, data = folder / f"{name}.jsonl", "".join(lines).encode()

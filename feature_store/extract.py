@@ -192,8 +192,7 @@ class _Run:
         idle = [self._actor(count) for _ in range(count)]
         running: dict[Any, tuple[Any, ShardTask]] = {}
         watch = _Watch(self.notes, self.cfg.decode.timeout_s + _HANG_GRACE_S)
-        for task in tasks:
-            self.notes.clear(task.shard)  # of a run that was killed
+        self.notes.clear_all([task.shard for task in tasks])
         try:
             while queue or running:
                 while queue and idle:

@@ -11,6 +11,7 @@ from feature_store.commit import committed_shards, read_commit, roll_forward, st
 from feature_store.files import SCRATCH
 from feature_store.layout import SNAPSHOTS, VOIDED, StoreMeta
 from feature_store.published import Location
+from vlm_dist.errors import StoreError, StoreUnreachableError
 
 IDLE_S = 24 * 3600.0
 VOIDED_SNAPSHOT = "snapshot-"  # in `_voided`
@@ -51,9 +52,22 @@ def _sweep_attempts(meta: StoreMeta) -> None:
 
 
 def _finish_withdrawal(meta: StoreMeta, aside: str) -> None:
-    if location := Location.of(meta.storage, f"{SCRATCH}/{aside}"):
-        meta.storage.remove(location.folder)
+    # In a bucket a move that was killed leaves both: what names the objects must go before they do.
+    meta.storage.remove(f"{SNAPSHOTS}/{aside.removeprefix(_PRUNED)}")
+    if folder := named_folder(meta, f"{SCRATCH}/{aside}"):
+        meta.storage.remove(folder)
     meta.storage.remove(f"{SCRATCH}/{aside}")
+
+
+def named_folder(meta: StoreMeta, key: str) -> str | None:
+    """The folder that a LOCATION names; empty where there is none, None where it is damaged (verify names it)."""
+    try:
+        location = Location.of(meta.storage, key)
+    except StoreUnreachableError:
+        raise
+    except StoreError:
+        return None
+    return location.folder if location else ""
 
 
 def _sweep_unpublished(meta: StoreMeta) -> None:
@@ -63,11 +77,13 @@ def _sweep_unpublished(meta: StoreMeta) -> None:
     """
     names = meta.storage.names(SNAPSHOTS)
     newest = max((int(name) for name in names if name.isdigit()), default=0)
+    built: dict[str, list[str]] = {}
     for name in names:
-        built = _BUILT.fullmatch(name)
-        if not built or int(built[1]) > newest:
-            continue
-        told = (f"{SNAPSHOTS}/{built[1]}", f"{VOIDED}/{VOIDED_SNAPSHOT}{built[1]}")
-        locations = [Location.of(meta.storage, key) for key in told]
-        if all(location is None or location.folder != f"{SNAPSHOTS}/{name}" for location in locations):
-            meta.storage.remove(f"{SNAPSHOTS}/{name}")
+        if match := _BUILT.fullmatch(name):
+            built.setdefault(match[1], []).append(f"{SNAPSHOTS}/{name}")
+    for number, folders in built.items():
+        if int(number) > newest or (number in names and len(folders) == 1):
+            continue  # perhaps at work; or what the number's LOCATION names
+        told = {named_folder(meta, key) for key in (f"{SNAPSHOTS}/{number}", f"{VOIDED}/{VOIDED_SNAPSHOT}{number}")}
+        for folder in set(folders) - told if None not in told else ():
+            meta.storage.remove(folder)

@@ -128,7 +128,11 @@ class LocalStorage:
     def remove(self, key: str) -> None:
         path = self.path(key)
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            aside = self.path(SCRATCH) / f"removed.{uuid.uuid4().hex}"  # nobody sees half of it
+            aside.parent.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):
+                path.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 

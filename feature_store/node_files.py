@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -23,9 +24,9 @@ Fill = Callable[[Path], None]
 
 
 def cache_folder() -> Path:
-    """The node's cache: $FEATURE_STORE_CACHE, or vlm-dist in the user's cache folder."""
+    """The node's cache: $FEATURE_STORE_CACHE, or this host's folder in the user's cache (nodes may share a home)."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(VARIABLE) or Path(base) / "vlm-dist")
+    return Path(os.environ.get(VARIABLE) or Path(base) / "vlm-dist" / socket.gethostname())
 
 
 def appear(final: Path, fill: Fill) -> None:

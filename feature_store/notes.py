@@ -7,7 +7,7 @@ from a slow one, and name the video that took a worker down with it. Lost notes 
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -88,6 +88,13 @@ class Notes:
         """Forget a shard, whose next worker begins anew."""
         self._seen.pop(shard, None)
         self._storage.remove(note_key(shard))
+
+    def clear_all(self, shards: Collection[int]) -> None:
+        """Forget what a run that was killed left about these shards; one listing, and what is there."""
+        there = set(self._storage.names(SCRATCH))
+        for shard in shards:
+            if note_key(shard).rpartition("/")[2] in there:
+                self.clear(shard)
 
     def _read(self, shard: int) -> Note | None:
         try:

@@ -2,10 +2,10 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from feature_store.at_work import SNAPSHOT, at_work, require_no_writers
 from feature_store.index import current_snapshot, snapshot_key
 from feature_store.layout import VOIDED, StoreMeta, open_store
-from feature_store.leftovers import VOIDED_SNAPSHOT, sweep, withdraw
-from feature_store.published import Location
+from feature_store.leftovers import VOIDED_SNAPSHOT, named_folder, sweep, withdraw
 from feature_store.snapshot import snapshot_names
 from feature_store.storage import Root
 
@@ -33,10 +33,16 @@ def prune_store(root: Root, keep: int = 1, voided: bool = False, dry_run: bool =
         dry_run: only say what would go.
 
     Raises:
-        StoreError: no store, or a damaged one.
+        StoreError: no store, a damaged one, or a snapshot is being made or the store repaired.
     """
     assert keep >= 1, "readers need a snapshot"
     meta = open_store(root)
+    with at_work(meta, "store prune") as note:
+        require_no_writers(meta, note, SNAPSHOT)
+        return _prune(meta, keep, voided, dry_run)
+
+
+def _prune(meta: StoreMeta, keep: int, voided: bool, dry_run: bool) -> PruneReport:
     names, current = snapshot_names(meta), current_snapshot(meta)
     going = [name for name in names[:-keep] if name != current]
     # A number that was used must not come again: a snapshot above the newest stays aside as its witness.
@@ -46,8 +52,8 @@ def prune_store(root: Root, keep: int = 1, voided: bool = False, dry_run: bool =
         for name in going:
             withdraw(meta, name)
         for key in map(_aside, told):
-            if location := Location.of(meta.storage, key):
-                meta.storage.remove(location.folder)
+            if folder := named_folder(meta, key):
+                meta.storage.remove(folder)
             meta.storage.remove(key)
         sweep(meta)
     return PruneReport(snapshots=going, voided=told, kept=[name for name in names if name not in going], bytes=size)
@@ -63,5 +69,4 @@ def _is_witness(name: str, published: list[str]) -> bool:
 
 
 def _bytes(meta: StoreMeta, key: str) -> int:
-    location = Location.of(meta.storage, key)
-    return sum(meta.storage.sizes(location.folder if location else key).values()) or meta.storage.size(key) or 0
+    return sum(meta.storage.sizes(named_folder(meta, key) or key).values()) or meta.storage.size(key) or 0

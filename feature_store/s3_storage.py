@@ -193,16 +193,25 @@ class S3Storage:
     def _fetch(self, place: str, files: Mapping[str, tuple[int, int | None]], folder: Path) -> None:
         folder.mkdir()
         for name, (size, crc) in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             try:
-                data = self.read(f"{place}/{name}")
-                wrong = "" if len(data) == size and crc in (None, crc32c(data)) else "is damaged (crc32c differs)"
+                got = self._download(f"{place}/{name}", folder / name)
+                wrong = "" if got[0] == size and crc in (None, got[1]) else "is damaged (crc32c differs)"
             except FileNotFoundError:
-                data, wrong = b"", "is missing"
+                wrong = "is missing"
             if wrong:
                 mend = "run `vlm-dist store verify --repair` on the store"
                 raise StoreError(f"{self._address}/{place}/{name} {wrong}; {mend}")
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(data)
+
+    def _download(self, key: str, path: Path) -> tuple[int, int]:
+        """An object as a file, a piece in memory at a time (captions are gigabytes); its bytes and crc32c."""
+        size = crc = 0
+        with path.open("wb") as file, self._errors(key):
+            for part in obstore.get(self._client, key).stream(_PART_BYTES):
+                data = bytes(part)
+                file.write(data)
+                size, crc = size + len(data), crc32c(data, crc)
+        return size, crc
 
     def local(self, key: str) -> Path | None:
         return None

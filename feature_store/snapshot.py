@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from feature_store.arrays import ArrayInfo, write_column
-from feature_store.at_work import at_work
+from feature_store.at_work import SNAPSHOT, at_work
 from feature_store.caption_table import CaptionTable, TableWriter, pack_ids
 from feature_store.commit import roll_all_forward
 from feature_store.draft import Captions, Draft, Marks, VideoColumns
@@ -25,6 +25,7 @@ from feature_store.layout import CURRENT, SNAPSHOTS, VOIDED, StoreMeta, open_sto
 from feature_store.leftovers import VOIDED_SNAPSHOT, sweep
 from feature_store.published import SNAPSHOT_JSON
 from feature_store.storage import Root
+from vlm_dist.errors import StoreError
 
 _SHARDING = {"shard", "row"}  # where rows lie does not change what they are: not in the fingerprint
 
@@ -56,7 +57,17 @@ def finalise(root: Root) -> str:
 
 
 def update_snapshot(meta: StoreMeta, build: Callable[[StoreIndex | None], Draft | None]) -> str:
-    """Writes what `build` makes of the newest snapshot as the next one; None keeps the newest."""
+    """Writes what `build` makes of the newest snapshot as the next one; None keeps the newest.
+
+    Raises:
+        StoreError: damage in what is copied, a full disk, or the store is being repaired.
+    """
+    # From before the number is chosen: a prune must not free one that a builder is going to take.
+    with at_work(meta, SNAPSHOT):
+        return _update(meta, build)
+
+
+def _update(meta: StoreMeta, build: Callable[[StoreIndex | None], Draft | None]) -> str:
     while True:
         name = f"{_last_number(meta) + 1:06d}"  # before the parent is chosen: a snapshot in between takes this number
         newest = point_current(meta)
@@ -68,9 +79,16 @@ def update_snapshot(meta: StoreMeta, build: Callable[[StoreIndex | None], Draft 
             continue
         staged = meta.storage.scratch(scratch_name("snapshot"))
         try:
-            with at_work(meta, "a snapshot"), disk_guard(staged, _size(draft)):
+            with disk_guard(staged, _size(draft)):
                 _write(meta, staged, newest, draft)
                 published = meta.storage.publish(staged, snapshot_key(name))
+        except FileNotFoundError:
+            if staged.exists():
+                raise
+            raise StoreError(
+                f"{staged}, in which a snapshot was made, was deleted meanwhile: run no repair while somebody writes "
+                "to the store, and type the same command again"
+            ) from None
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         if published:
@@ -81,14 +99,25 @@ def update_snapshot(meta: StoreMeta, build: Callable[[StoreIndex | None], Draft 
 def point_current(meta: StoreMeta) -> str:
     """Makes CURRENT name the newest snapshot (a kill or a race may have left an older name); its name, or empty."""
     while True:
+        now, told = _told(meta)  # before the names, which then hold what it tells of
         names = snapshot_names(meta)
-        try:
-            now = meta.storage.read(CURRENT)
-        except FileNotFoundError:
-            now = None
         if not names or now == current_line(names[-1]):
             return names[-1] if names else ""
+        if told > int(names[-1]):  # lost: a witness, so that its number is never used again
+            aside = f"{VOIDED_SNAPSHOT}{told:06d}"
+            if aside not in meta.storage.names(VOIDED):
+                meta.storage.create(f"{VOIDED}/{aside}", b"lost\n")
         meta.storage.swap(CURRENT, now, current_line(names[-1]))
+
+
+def _told(meta: StoreMeta) -> tuple[bytes | None, int]:
+    """What is in CURRENT, and the number that it names; 0 where it is damaged or not there."""
+    try:
+        line = meta.storage.read(CURRENT)
+    except FileNotFoundError:
+        return None, 0
+    name = line.partition(b" ")[0].decode("ascii", "replace")
+    return line, int(name) if name.isdigit() and line == current_line(name) else 0
 
 
 def snapshot_names(meta: StoreMeta) -> list[str]:
@@ -241,11 +270,11 @@ def _fingerprint(meta: StoreMeta, arrays: dict[str, ArrayInfo], tokenizer_sha256
 
 
 def _last_number(meta: StoreMeta) -> int:
-    """The highest number that a snapshot has or had (a repair may have taken the newest out)."""
+    """The highest number that a snapshot has or had (the newest may be lost, or taken out by a repair)."""
     gone = [
         name.removeprefix(VOIDED_SNAPSHOT) for name in meta.storage.names(VOIDED) if name.startswith(VOIDED_SNAPSHOT)
     ]
-    return max(map(int, [*snapshot_names(meta), *gone]), default=0)
+    return max(_told(meta)[1], *map(int, [*snapshot_names(meta), *gone]), 0)
 
 
 def _size(draft: Draft) -> int:

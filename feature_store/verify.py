@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from feature_store.at_work import at_work, require_no_writers
+from feature_store.at_work import REPAIR, at_work, require_no_writers
 from feature_store.commit import Commit, committed_shards, roll_all_forward, void, void_orphan
 from feature_store.files import SCRATCH
 from feature_store.index import StoreIndex
 from feature_store.inspection import Inspection, Problem
-from feature_store.layout import CURRENT, open_store, set_shard_count, shard_key
+from feature_store.layout import CURRENT, StoreMeta, open_store, set_shard_count, shard_key
 from feature_store.plan import planned_shards
 from feature_store.plan_repair import missing_segments, planned_paths, rebuild_segments
 from feature_store.restore import restore_records
@@ -51,14 +51,13 @@ def verify_store(root: Root, deep: bool = False, repair: bool = False, writers_g
         inspection = Inspection(meta, deep, fresh=deep)
         inspection.run()
         return _report(inspection, inspection.lost - inspection.deleted, [])
-    if not writers_gone:
-        require_no_writers(meta)
-    with at_work(meta, "store verify --repair") as note:
+    with at_work(meta, REPAIR) as note:
+        _require_no_writers(meta, note, writers_gone)
         inspection = Inspection(meta, deep, fresh=True)
         inspection.run()
-        if not writers_gone:
-            require_no_writers(meta, but=note)  # a deep look takes hours
-        repaired = repair_store(inspection, note)
+        left = [name for name in meta.storage.names(SCRATCH) if name != note]  # before the look at who is writing
+        _require_no_writers(meta, note, writers_gone)  # again: a deep inspection takes hours
+        repaired = repair_store(inspection, left)
         lost = inspection.lost - inspection.deleted
         inspection = Inspection(meta, deep, fresh=True)
         inspection.run()
@@ -76,7 +75,12 @@ def _report(inspection: Inspection, lost: set[str], repaired: list[str]) -> Veri
     )
 
 
-def repair_store(inspection: Inspection, note: str = "") -> list[str]:
+def _require_no_writers(meta: StoreMeta, note: str, writers_gone: bool) -> None:
+    if not writers_gone:
+        require_no_writers(meta, note, hint=" (or say `--writers-gone`, if you are sure of it)")
+
+
+def repair_store(inspection: Inspection, left: Sequence[str]) -> list[str]:
     """Mends what an inspection found, and says what it did. Only while nobody writes to the store.
 
     Nothing is deleted but unfinished attempts: what is taken out lies in `_voided`. Videos that are whole are kept
@@ -85,7 +89,7 @@ def repair_store(inspection: Inspection, note: str = "") -> list[str]:
 
     Args:
         inspection: has looked at everything.
-        note: the repair's own note in `_staging`, which stays.
+        left: names in `_staging` of what nobody is at work on.
     """
     meta = inspection.meta
     without = _without_record(inspection)
@@ -113,10 +117,9 @@ def repair_store(inspection: Inspection, note: str = "") -> list[str]:
         left = next((name for name in newest_first if StoreIndex(meta.root, name).tokenizer_dir), "")
         done.append(f"captions are those of snapshot {left}" if left else "no captions are left: write them again")
     done.extend(f"published shard {commit.shard}" for commit, now in roll_all_forward(meta) if now)
-    for name in meta.storage.names(SCRATCH):
-        if name != note:
-            meta.storage.remove(f"{SCRATCH}/{name}")
-            done.append(f"removed unfinished {name}")
+    for name in left:
+        meta.storage.remove(f"{SCRATCH}/{name}")
+        done.append(f"removed unfinished {name}")
     if any(problem.kind == "metadata" for problem in inspection.problems) or bad_segments:
         set_shard_count(meta, planned_shards(meta))
         done.append("wrote features/zarr.json anew")

@@ -1,6 +1,7 @@
 """feature_store.at_work: a repair is refused while anybody writes to the store, in a folder and in a bucket."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,14 +13,16 @@ import numpy as np
 import pytest
 
 from feature_store import snapshot
-from feature_store.at_work import at_work, require_no_writers
+from feature_store.at_work import REPAIR, SNAPSHOT, at_work, require_no_writers
 from feature_store.captions import write_captions
 from feature_store.config import CaptionConfig, ImportConfig
 from feature_store.files import SCRATCH
 from feature_store.import_arrays import ImportState, import_arrays
 from feature_store.import_sources import ArraySources
 from feature_store.layout import StoreMeta, create_store, open_store
+from feature_store.marks import name_split
 from feature_store.notes import Note, Notes, Tally, note_key
+from feature_store.prune import prune_store
 from feature_store.snapshot import finalise
 from feature_store.storage import open_storage
 from feature_store.verify import verify_store
@@ -62,7 +65,7 @@ def test_a_writer_that_came_while_the_store_was_looked_at(meta: StoreMeta, monke
         monkeypatch.setattr(
             "feature_store.inspection.Inspection.run", lambda _: began.enter_context(at_work(meta, "extract"))
         )
-        with pytest.raises(StoreError, match=r"is being written to, .*: extract"):
+        with pytest.raises(StoreError, match=r"is being written to: extract"):
             verify_store(meta.root, repair=True)
 
 
@@ -72,8 +75,15 @@ def test_workers_of_an_extraction(meta: StoreMeta) -> None:
         verify_store(meta.root, repair=True)
     report = verify_store(meta.root, repair=True, writers_gone=True)
     assert report.repaired == ["removed unfinished note-000007.json", *report.repaired[1:]]
-    meta.storage.replace(note_key(8), json.dumps(["a video", Tally(), time.time() - 61]).encode())
-    assert "removed unfinished note-000008.json" in verify_store(meta.root, repair=True).repaired
+    # The place's clock counts, not the writer's, which may go wrong by hours.
+    meta.storage.replace(note_key(8), json.dumps(["a video", Tally(), time.time() - 9000]).encode())
+    with pytest.raises(StoreError, match="the extraction of shard 8"):
+        verify_store(meta.root, repair=True)
+    meta.storage.replace(note_key(8), json.dumps(["a video", Tally(), time.time() + 9000]).encode())
+    if (path := meta.storage.local(note_key(8))) is not None:
+        os.utime(path, (time.time() - 61,) * 2)
+        assert "removed unfinished note-000008.json" in verify_store(meta.root, repair=True).repaired
+    meta.storage.remove(note_key(8))
     for damaged in (b"", b"[1]", b"\xff"):
         meta.storage.replace(note_key(9), damaged)
         require_no_writers(meta)
@@ -108,9 +118,9 @@ def test_a_writer_that_was_killed(meta: StoreMeta, monkeypatch: pytest.MonkeyPat
 def test_a_sign_is_given_again_and_again(meta: StoreMeta, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("feature_store.at_work._BEAT_S", 0.02)
     with at_work(meta, "captions") as name:
-        first = json.loads(meta.storage.read(f"{SCRATCH}/{name}"))["beat"]
+        first = meta.storage.changed(f"{SCRATCH}/{name}")
         until = time.monotonic() + 30
-        while json.loads(meta.storage.read(f"{SCRATCH}/{name}"))["beat"] == first:
+        while meta.storage.changed(f"{SCRATCH}/{name}") == first:
             assert time.monotonic() < until
             time.sleep(0.01)
     assert not meta.storage.names(SCRATCH)
@@ -164,3 +174,46 @@ def test_a_snapshot_in_work_shows_it(place: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(snapshot, "_write", look)
     make_store(place, {"v": features("v", 5)})
     assert seen == [open_store(place).root]
+
+
+def test_no_writer_begins_beside_a_repair(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process repairs: whoever begins to write is told, and what the repair does itself goes on."""
+    root = make_store(place, {"v": features("v", 5)})
+    (tmp_path / "c.json").write_text(json.dumps({"v": {"start": [0], "end": [1], "text": ["now cut"]}}))
+    np.save(tmp_path / "w.npy", features("w", 9, 512))
+    with at_work(open_store(root), REPAIR), monkeypatch.context() as patch:
+        assert finalise(root) == "000001"
+        patch.setattr("feature_store.at_work._mine", set())
+        for begin in (
+            lambda: name_split(root, "s", ["v"]),
+            lambda: write_captions(root, tmp_path / "c.json", CaptionConfig(tokenizer="wordpiece:60")),
+            lambda: prune_store(root),
+        ):
+            with pytest.raises(StoreError, match=r"is being repaired: store verify --repair .*Wait until it is done"):
+                begin()
+    assert name_split(root, "s", ["v"]).changed == 1
+
+
+def test_a_snapshot_whose_folder_is_deleted_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_store(str(tmp_path / "store"), {"v": features("v", 5)})
+    write = snapshot._write
+
+    def delete(meta: StoreMeta, folder: Path, *rest: object) -> None:
+        write(meta, folder, *rest)
+        meta.storage.remove(f"{SCRATCH}/{folder.name}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_write", delete)
+        with pytest.raises(StoreError, match=r"in which a snapshot was made, was deleted .* the same command again"):
+            name_split(root, "s", ["v"])
+    assert not open_storage(root).names(SCRATCH)
+    assert not verify_store(root, deep=True).problems
+    assert name_split(root, "s", ["v"]).changed == 1
+
+
+def test_prune_waits_for_a_snapshot_and_not_for_an_extraction(meta: StoreMeta) -> None:
+    finalise(meta.root)
+    with at_work(meta, "extract"):
+        assert prune_store(meta.root).snapshots == []
+    with at_work(meta, SNAPSHOT), pytest.raises(StoreError, match=r"is being written to: a snapshot \(process"):
+        prune_store(meta.root)

@@ -156,3 +156,48 @@ def test_when_something_changed(place: str) -> None:
 def test_a_store_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is nothing"):
         prune_store(tmp_path / "none")
+
+
+def test_a_removal_killed_between_the_two_halves_of_a_move(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket's move copies, then deletes: a snapshot is never named while its objects go."""
+    root = make_store(f"{bucket}/store", CORPUS)
+    name_split(root, "s", ["v0"])
+    with monkeypatch.context() as patch:
+        patch.setattr("feature_store.s3_storage.obstore.delete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune_store(root)
+    assert not verify_store(root, deep=True).problems
+    finalise(root)
+    assert not verify_store(root, deep=True).problems
+    assert snapshot_names(open_store(root)) == ["000002"]
+    assert not [key for key in keys(root) if "000001." in key and key.startswith(("index", SCRATCH))]
+
+
+def test_a_damaged_location_of_an_old_snapshot_stops_nobody(bucket: str) -> None:
+    root = make_store(f"{bucket}/store", CORPUS)
+    name_split(root, "s", ["v0"])
+    storage = open_storage(root)
+    data = bytearray(storage.read("index/000001/LOCATION"))
+    data[40] ^= 1
+    storage.replace("index/000001/LOCATION", bytes(data))
+    name_split(root, "t", ["v1"])
+    finalise(root)
+    assert "LOCATION is damaged" in verify_store(root).problems[0].message
+    assert prune_store(root).snapshots == ["000001", "000002"]
+    finalise(root)
+    assert not verify_store(root, deep=True).problems
+    assert not [key for key in keys(root) if key.startswith("index/000001")]
+
+
+def test_the_number_of_a_lost_snapshot_does_not_come_again(place: str) -> None:
+    make_store(place, CORPUS)
+    name_split(place, "s", ["v0"])
+    storage = open_storage(place)
+    for key in [key for key in storage.sizes("index") if key.startswith("index/000002")]:
+        storage.remove(key)
+    storage.remove("index/000002")
+    assert finalise(place) == "000001"
+    assert prune_store(place, voided=True).voided == []
+    name_split(place, "s", ["v1"])
+    assert snapshot_names(open_store(place))[-1] == "000003"
+    assert not verify_store(place, deep=True).problems
