@@ -71,7 +71,7 @@ def test_the_ui_command_ends_its_server(tmp_path: Path, hits: int, code: int) ->
     ui = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert ui.stdout is not None
     assert ui.stdout.readline().startswith("MLflow: http://127.0.0.1:")
-    ui.stdout.readline()
+    assert ui.stdout.readline() == "Ctrl-C ends it.\n"
     server = _record(tmp_path)["pid"]
     if hits == 2:
         os.killpg(server, signal.SIGSTOP)  # it does not end before it is let go: the second hit comes in between

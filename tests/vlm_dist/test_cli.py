@@ -46,6 +46,8 @@ SURFACE = {
     ],
     "store delete": [*COMMON, "--json", "--store", "--undo", "--videos", "ids"],
     "store split": [*COMMON, "--json", "--remove", "--store", "--videos", "ids", "name"],
+    "store show": [*COMMON, "--json", "--store", "video"],
+    "store prune": [*COMMON, "--dry-run", "--json", "--keep", "--voided", "store"],
     "store migrate": [*COMMON, "store"],
     "store export": ["--json", "--npy", "--parquet", "folder", "store"],
     "pretrain": [
