@@ -85,7 +85,7 @@ def verify(
 ) -> None:
     """Check a store; exit code 1 when anything is wrong.
 
-    Without --deep the structure is checked, which takes seconds; --deep reads all features and names each damaged
+    Without --deep the structure and the newest index are checked; --deep reads all features and names each damaged
     video, shard and chunk. --repair keeps every video that is whole, also of damaged shards. It removes what is
     unfinished, so it is refused while somebody writes to the store. With --deep it also mends what only checksums show.
 
