@@ -5,6 +5,7 @@ published by moving what is staged to `features/c/K/0`. A kill between the last 
 the record: the move is idempotent. Two attempts at one shard can both be staged, never both committed.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 
@@ -183,8 +184,10 @@ def void(meta: StoreMeta, shard: int) -> None:
 
 def restore_record(meta: StoreMeta, commit: Commit) -> None:
     """Gives a published shard whose record is damaged or lost a new record; a damaged one goes aside to `_voided`."""
-    meta.storage.move(commit_key(commit.shard), f"{_aside(meta, commit.shard)}.json")
-    meta.storage.create(commit_key(commit.shard), _sealed(commit))
+    storage, key = meta.storage, commit_key(commit.shard)
+    with contextlib.suppress(FileNotFoundError):  # lost
+        storage.replace(f"{_aside(meta, commit.shard)}.json", storage.read(key))
+    storage.replace(key, _sealed(commit))  # at once: no kill leaves a published shard without any record
 
 
 def _aside(meta: StoreMeta, shard: int) -> str:

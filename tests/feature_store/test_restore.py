@@ -85,6 +85,7 @@ def test_a_kill_between_taking_the_record_out_and_writing_it_anew(
         patch.setattr("feature_store.commit._sealed", lambda commit: pytest.exit("killed"))
         with pytest.raises(pytest.exit.Exception):
             verify_store(two_shards, repair=True)
+    assert open_storage(two_shards).size(commit_key(0)), "the damaged record stays until the new one is there"
     assert verify_store(two_shards, repair=True).problems == []
     assert held(two_shards) == set(CORPUS)
 
