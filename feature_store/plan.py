@@ -202,7 +202,9 @@ def _unplanned(
                 done.add(record.video_id)
             elif record.status == "failed" and record.video_id not in done:
                 failed[record.video_id] = record.reason
-            if record.status != "overflow":
+            # A failure says nothing of what was planned after it: the last try may have overflowed, or been voided.
+            last = waiting.get(record.video_id, (0, ""))[0]
+            if record.status == "ok" or (record.status == "failed" and commit.shard >= last):
                 settled.add(record.video_id)
     # A file that was not there (a disk that was not mounted) has its turn once it is.
     there = (i for i, reason in failed.items() if reason == "missing" and Path(given.get(i, "")).is_file())
