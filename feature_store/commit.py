@@ -7,7 +7,7 @@ the record: the move is idempotent. Two attempts at one shard can both be staged
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -90,9 +90,14 @@ def committed_shards(meta: StoreMeta) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def iter_records(meta: StoreMeta) -> Iterator[tuple[int, Commit | StoreError]]:
-    """All records by shard number, a few in memory at a time; of a damaged one, what is wrong with it."""
-    shards = committed_shards(meta)
+def iter_records(meta: StoreMeta, shards: Sequence[int] | None = None) -> Iterator[tuple[int, Commit | StoreError]]:
+    """All records by shard number, a few in memory at a time; of a damaged one, what is wrong with it.
+
+    Args:
+        meta: the store.
+        shards: those that are committed, where somebody has listed them before.
+    """
+    shards = committed_shards(meta) if shards is None else shards
     for shard, data in zip(shards, meta.storage.read_many([commit_key(shard) for shard in shards]), strict=True):
         try:
             yield shard, _parse(meta, shard, data)

@@ -9,7 +9,7 @@ from pathlib import Path
 from feature_store.commit import Commit, commit_key, committed_shards, iter_records, shard_place
 from feature_store.inspection_index import IndexInspection, Video
 from feature_store.layout import FEATURES_JSON, StoreMeta, shard_key
-from feature_store.plan import array_fits, read_segment, segment_numbers
+from feature_store.plan import array_fits, planned_shards, read_segment, segment_numbers
 from feature_store.plan_repair import missing_segments
 from feature_store.problem import Kind, Problem
 from feature_store.shard import shard_bytes
@@ -44,11 +44,13 @@ class Inspection:
 
     def run(self) -> None:
         """Looks at everything."""
-        # Before the records: what an extraction at work publishes meanwhile is no stray, and in no snapshot of these.
+        # Each before what it follows from, as an extraction may be at work: what a snapshot names and what is published
+        # is committed, and what is committed is planned.
         index = IndexInspection(self.meta, self.deep, self.fresh)
         self.published = self.meta.storage.sizes("features/c")
+        shards = committed_shards(self.meta)
         self.planned = self._plan()
-        for shard, commit in iter_records(self.meta):
+        for shard, commit in iter_records(self.meta, shards):
             self._commit(shard, commit)
         self._orphans()
         index.run(self.videos, self.bad_shards)
@@ -79,7 +81,8 @@ class Inspection:
                 )
             planned |= {task.shard: {video.video_id for video in task.videos} for task in segment.tasks}
         shards = max(planned, default=-1) + 1
-        if not self.bad_segments and not array_fits(self.meta, shards):
+        fits = self.bad_segments or array_fits(self.meta, shards) or array_fits(self.meta, planned_shards(self.meta))
+        if not fits:  # not even what was planned meanwhile
             self._report("metadata", self.meta.place(FEATURES_JSON), f"is not the metadata of {shards} planned shards")
         return planned
 

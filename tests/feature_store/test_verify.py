@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from feature_store import inspection
 from feature_store.captions import write_captions
 from feature_store.commit import Commit, commit_key, committed_shards, iter_commits, iter_records, read_commit, void
 from feature_store.config import CaptionConfig
@@ -177,8 +178,8 @@ def test_a_snapshot_that_is_made_while_the_store_is_looked_at(
     """Of videos that were committed after the records were read: an extraction at work harms nothing."""
     finalised = StoreIndex(store).name
 
-    def records(meta: StoreMeta) -> Iterator[tuple[int, Commit | StoreError]]:
-        yield from iter_records(meta)
+    def records(meta: StoreMeta, shards: list[int]) -> Iterator[tuple[int, Commit | StoreError]]:
+        yield from iter_records(meta, shards)
         write_shards(store, {**corpus, "late": features("late", 9)})
         assert finalise(store) > finalised
         if pruned:
@@ -187,6 +188,28 @@ def test_a_snapshot_that_is_made_while_the_store_is_looked_at(
     monkeypatch.setattr("feature_store.inspection.iter_records", records)
     assert verify_store(store).problems == []
     monkeypatch.undo()
+    assert verify_store(store).problems == []
+
+
+def test_a_shard_that_is_planned_while_the_store_is_looked_at(
+    store: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is there before the records are read; its plan was not when the plan was."""
+
+    def later(name: str, video_id: str) -> None:
+        """Another video is extracted when the inspection calls this."""
+        real = getattr(inspection, name)
+
+        def extract_first(*args: object) -> object:
+            monkeypatch.setattr(inspection, name, real)
+            write_shards(store, {**corpus, video_id: features(video_id, 9)})
+            return real(*args)
+
+        monkeypatch.setattr(inspection, name, extract_first)
+
+    later("array_fits", "late")
+    assert verify_store(store).problems == []
+    later("iter_records", "later")
     assert verify_store(store).problems == []
 
 
