@@ -5,8 +5,9 @@ published by moving what is staged to `features/c/K/0`. A kill between the last 
 the record: the move is idempotent. Two attempts at one shard can both be staged, never both committed.
 """
 
+import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -89,9 +90,14 @@ def committed_shards(meta: StoreMeta) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def iter_records(meta: StoreMeta) -> Iterator[tuple[int, Commit | StoreError]]:
-    """All records by shard number, a few in memory at a time; of a damaged one, what is wrong with it."""
-    shards = committed_shards(meta)
+def iter_records(meta: StoreMeta, shards: Sequence[int] | None = None) -> Iterator[tuple[int, Commit | StoreError]]:
+    """All records by shard number, a few in memory at a time; of a damaged one, what is wrong with it.
+
+    Args:
+        meta: the store.
+        shards: those that are committed, where somebody has listed them before.
+    """
+    shards = committed_shards(meta) if shards is None else shards
     for shard, data in zip(shards, meta.storage.read_many([commit_key(shard) for shard in shards]), strict=True):
         try:
             yield shard, _parse(meta, shard, data)
@@ -183,8 +189,10 @@ def void(meta: StoreMeta, shard: int) -> None:
 
 def restore_record(meta: StoreMeta, commit: Commit) -> None:
     """Gives a published shard whose record is damaged or lost a new record; a damaged one goes aside to `_voided`."""
-    meta.storage.move(commit_key(commit.shard), f"{_aside(meta, commit.shard)}.json")
-    meta.storage.create(commit_key(commit.shard), _sealed(commit))
+    storage, key = meta.storage, commit_key(commit.shard)
+    with contextlib.suppress(FileNotFoundError):  # lost
+        storage.replace(f"{_aside(meta, commit.shard)}.json", storage.read(key))
+    storage.replace(key, _sealed(commit))  # at once: no kill leaves a published shard without any record
 
 
 def _aside(meta: StoreMeta, shard: int) -> str:

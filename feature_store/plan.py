@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from feature_store.layout import (
     features_json,
     open_store,
     set_shard_count,
+    shard_key,
 )
 from feature_store.records import clean_text
+from feature_store.shard import REPAIR
 from feature_store.storage import Root
 from vlm_dist.errors import StoreError
 
@@ -92,17 +94,22 @@ def plan_videos(
     Returns:
         Every task, of this and older segments, whose shard is not committed. A video's path is the one given now, or
         else the planned one: a corpus may move between two runs (while the planned file is there, it counts).
+
+    Raises:
+        StoreError: the plan or a record is damaged, or a shard is published and its record is lost.
     """
     meta = open_store(root)
+    published = meta.storage.sizes("features/c")  # before the records: what is published has had its record before
     while True:
         segments = read_plan(meta)
         tasks = [task for segment in segments for task in segment.tasks]
         given, repeated = _first_and_further(videos, tasks)
         new = _unplanned(meta, tasks, given, retry_failed)
         duplicates = _unrecorded(segments, repeated)
+        added = _group(meta, new, workers, len(tasks))
+        _require_records(meta, [*tasks, *added], published)
         if not new and not duplicates:
             break
-        added = _group(meta, new, workers, len(tasks))
         number = segments[-1].number + 1 if segments else 0
         if create_segment(meta, Segment(number, len(tasks), added, duplicates)):
             tasks.extend(added)
@@ -133,6 +140,16 @@ def planned_shards(meta: StoreMeta) -> int:
         return 0
     last = read_segment(meta, numbers[-1])
     return last.first_shard + len(last.tasks)
+
+
+def _require_records(meta: StoreMeta, tasks: Sequence[ShardTask], published: Collection[str]) -> None:
+    """A shard that is published is never given out, though its record is lost: older snapshots read its rows."""
+    there = [task.shard for task in tasks if shard_key(task.shard) in published]
+    if lost := sorted(set(there).difference(committed_shards(meta))):
+        raise StoreError(
+            f"{meta.place(shard_key(lost[0]))} is there, and its commit record is lost"
+            f"{f' ({len(lost)} shards are so)' if len(lost) > 1 else ''}: it is not written anew. {REPAIR}"
+        )
 
 
 def _first_and_further(
@@ -185,7 +202,9 @@ def _unplanned(
                 done.add(record.video_id)
             elif record.status == "failed" and record.video_id not in done:
                 failed[record.video_id] = record.reason
-            if record.status != "overflow":
+            # A failure says nothing of what was planned after it: the last try may have overflowed, or been voided.
+            last = waiting.get(record.video_id, (0, ""))[0]
+            if record.status == "ok" or (record.status == "failed" and commit.shard >= last):
                 settled.add(record.video_id)
     # A file that was not there (a disk that was not mounted) has its turn once it is.
     there = (i for i, reason in failed.items() if reason == "missing" and Path(given.get(i, "")).is_file())

@@ -88,6 +88,8 @@ def missing_segments(meta: StoreMeta) -> list[int]:
     missing = sorted(set(range(end)) - set(numbers))
     try:
         lost = max(committed_shards(meta), default=-1) >= planned_shards(meta)
+    except StoreUnreachableError:
+        raise
     except StoreError:  # the last segment is damaged, and will be made anew as far as the commits go
         lost = False
     return [*missing, end] if lost else missing

@@ -81,6 +81,13 @@ def _fitting(meta: StoreMeta, shard: int, size: int, records: Sequence[VideoReco
     if not rows or size != shard_bytes(meta, rows):
         return None
     with fetched(meta.storage, shard_key(shard)) as path:
-        crc, videos = file_crc32c(path), tuple(records)
-        commit = Commit(shard=shard, attempt=_ATTEMPT, size=size, crc32c=crc, rows=rows, videos=videos)
+        commit = Commit(
+            shard=shard,
+            attempt=_ATTEMPT,
+            size=size,
+            crc32c=file_crc32c(path),
+            rows=rows,
+            origin=meta.provenance.digest,
+            videos=tuple(records),
+        )
         return None if any(check_shard(meta, commit, path)) else commit

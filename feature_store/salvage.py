@@ -34,7 +34,7 @@ def settled_elsewhere(meta: StoreMeta, damaged: Collection[int], bad: Collection
 
 
 def salvage_shard(
-    meta: StoreMeta, shard: int, paths: Mapping[str, str], open_tasks: Mapping[int, Collection[str]], settled: Settled
+    meta: StoreMeta, shard: int, paths: Mapping[str, str], open_tasks: dict[int, set[str]], settled: Settled
 ) -> list[str]:
     """Keeps what is whole of a damaged shard as a further shard, and voids it. Only while nobody else writes.
 
@@ -45,7 +45,8 @@ def salvage_shard(
         meta: the store.
         shard: its record is sound, its file is damaged or missing.
         paths: the planned path by id of its videos.
-        open_tasks: ids of every planned shard that is not committed; one may be what a killed repair has planned.
+        open_tasks: ids of every planned shard that is not committed; one may be what a killed repair has planned. It
+            is taken out when it is filled.
         settled: see `settled_elsewhere`.
 
     Returns:
@@ -96,12 +97,13 @@ def _task(
     commit: Commit,
     whole: Sequence[VideoRecord],
     paths: Mapping[str, str],
-    open_tasks: Mapping[int, Collection[str]],
+    open_tasks: dict[int, set[str]],
 ) -> int:
     """The shard that a killed repair has planned for these videos (and for some that were whole then), or a new one."""
     mine, of = {record.video_id for record in whole}, {record.video_id for record in commit.videos}
     for task, ids in open_tasks.items():
-        if mine <= set(ids) <= of:
+        if mine <= ids <= of:
+            del open_tasks[task]
             return task
     return plan_shard(meta, [PlannedVideo(r.video_id, paths.get(r.video_id, r.path)) for r in whole])
 

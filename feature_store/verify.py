@@ -8,10 +8,11 @@ from feature_store.at_work import REPAIR, at_work, require_no_writers
 from feature_store.commit import Commit, committed_shards, roll_all_forward, void, void_orphan
 from feature_store.files import SCRATCH
 from feature_store.index import StoreIndex
-from feature_store.inspection import Inspection, Problem
+from feature_store.inspection import Inspection
 from feature_store.layout import CURRENT, StoreMeta, open_store, set_shard_count, shard_key
 from feature_store.plan import planned_shards
 from feature_store.plan_repair import missing_segments, planned_paths, rebuild_segments
+from feature_store.problem import Problem
 from feature_store.restore import restore_records
 from feature_store.salvage import salvage_shard, settled_elsewhere
 from feature_store.snapshot import finalise, snapshot_names, void_snapshot
@@ -126,7 +127,7 @@ def repair_store(inspection: Inspection, left: Sequence[str]) -> list[str]:
     before = snapshot_names(meta)
     if (name := finalise(meta.root)) not in before:
         done.append(f"wrote snapshot {name}")
-    if any(problem.where == CURRENT for problem in inspection.problems):
+    if inspection.bad_current:
         done.append(f"wrote {CURRENT} anew: it names snapshot {name}")
     return done
 

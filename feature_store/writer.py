@@ -23,9 +23,9 @@ from feature_store.commit import (
     staging_name,
 )
 from feature_store.files import SCRATCH, crc32c, disk_guard
-from feature_store.layout import open_store
+from feature_store.layout import open_store, shard_key
 from feature_store.records import VideoRecord
-from feature_store.shard import ShardFile, shard_bytes
+from feature_store.shard import REPAIR, ShardFile, shard_bytes
 from feature_store.storage import Root
 from vlm_dist.errors import StoreError
 
@@ -77,9 +77,10 @@ class ShardAttempt:
         """Makes the attempt the shard's content, durably; False if another attempt was first (this one is deleted).
 
         Raises:
-            StoreError: a full disk, or the winning record is damaged.
+            StoreError: a full disk, the winning record is damaged, or the shard is published and its record is lost.
         """
         self._require_whole()
+        self._require_record_of_published()
         with disk_guard(self._path, shard_bytes(self._meta, self._rows.rows)):
             if self._rows.rows:
                 self._rows.finish()
@@ -165,6 +166,14 @@ class ShardAttempt:
     def _require_whole(self) -> None:
         if self._broken:
             raise StoreError(f"an earlier write to {self._path} failed: abandon this attempt and start another")
+
+    def _require_record_of_published(self) -> None:
+        """A published shard without a record is never overwritten; the record of another attempt is older than it."""
+        storage, key = self._meta.storage, shard_key(self._shard)
+        if storage.size(key) is not None and storage.size(commit_key(self._shard)) is None:
+            raise StoreError(
+                f"{self._meta.place(key)} is there, and its commit record is lost: it is not written anew. {REPAIR}"
+            )
 
 
 def shard_done(root: Root, shard: int) -> bool:

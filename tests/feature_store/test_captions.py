@@ -18,7 +18,7 @@ from feature_store.caption_files import iter_captions
 from feature_store.captions import check_caption_file, write_captions
 from feature_store.config import CaptionConfig
 from feature_store.index import StoreIndex
-from feature_store.inspection import wrong_captions
+from feature_store.inspection_index import wrong_captions
 from feature_store.snapshot import finalise, row_milliseconds
 from feature_store.tokenizer import load_tokenizer
 from feature_store.verify import verify_store

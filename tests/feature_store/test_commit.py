@@ -17,8 +17,8 @@ import zarr
 from feature_store.commit import commit_key, committed_shards, read_commit
 from feature_store.files import SCRATCH
 from feature_store.index import StoreIndex
-from feature_store.layout import create_store, open_store, shard_key
-from feature_store.plan import PlannedVideo, plan_videos
+from feature_store.layout import StoreMeta, create_store, open_store, shard_key
+from feature_store.plan import PlannedVideo, Segment, plan_videos, read_plan
 from feature_store.reader import FeatureReader
 from feature_store.records import VideoRecord
 from feature_store.snapshot import finalise, snapshot_names
@@ -126,6 +126,44 @@ def test_a_loser_whose_staging_was_swept(tmp_path: Path) -> None:
     assert not late.commit()
     assert not verify_store(tmp_path, deep=True).problems
     assert np.array_equal(FeatureReader(tmp_path).read(0), features("v", 300))
+
+
+def test_a_published_shard_whose_record_is_lost_is_not_overwritten(tmp_path: Path) -> None:
+    """Older snapshots read its rows: neither the plan nor an attempt at work takes it for one that is not done."""
+    root = make_store(tmp_path / "store", {f"v{number}": features(f"v{number}", 300) for number in range(3)})
+    late = ShardAttempt(root, 1)  # of a worker that was given the shard before
+    add_video(late, PlannedVideo("v1", ""), features("v1", 300, salt=1))
+    (root / commit_key(1)).unlink()
+    before = (root / shard_key(1)).read_bytes()
+    advice = r"features/c/1/0 is there, and its commit record is lost.*vlm-dist store verify --repair"
+    with pytest.raises(StoreError, match=advice), late:
+        late.commit()
+    with pytest.raises(StoreError, match=advice):
+        plan_videos(root, [PlannedVideo("new", "")], 1)
+    assert len(read_plan(open_store(root))) == 1, "nothing is planned either"
+    assert (root / shard_key(1)).read_bytes() == before
+    assert committed_shards(open_store(root)) == [0, 2]
+    assert not list((root / "_staging").iterdir())
+    assert verify_store(root, repair=True).problems == []
+    assert np.array_equal(FeatureReader(root, "always").read(1), features("v1", 300))
+    assert [task.shard for task in plan_videos(root, [PlannedVideo("new", "")], 1)] == [3]
+
+
+def test_a_shard_that_another_published_while_the_plan_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_store(tmp_path, provenance(), 512)
+    (task,) = plan_videos(tmp_path, [PlannedVideo("v", "v.mp4")], 1)
+
+    def meanwhile(meta: StoreMeta) -> list[Segment]:
+        monkeypatch.undo()
+        with ShardAttempt(tmp_path, task.shard) as attempt:
+            add_video(attempt, task.videos[0], features("v", 100))
+            assert attempt.commit()
+        return read_plan(meta)
+
+    monkeypatch.setattr("feature_store.plan.read_plan", meanwhile)
+    assert plan_videos(tmp_path, [], 1) == []
 
 
 def test_anyone_rolls_a_commit_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import zarr
 
+from feature_store.commit import void
 from feature_store.info import failures
 from feature_store.layout import create_store, open_store
 from feature_store.plan import PlannedVideo, anything_to_do, plan_videos, read_plan
+from feature_store.plan_repair import missing_segments
 from feature_store.records import VideoRecord
 from feature_store.writer import ShardAttempt
 from tests.feature_store.store_tools import features, provenance, write_shards
+from vlm_dist.errors import StoreUnreachableError
 
 
 def planned(count: int, start: int = 0) -> list[PlannedVideo]:
@@ -108,6 +111,39 @@ def test_videos_without_a_place_are_planned_again(tmp_path: Path) -> None:
     assert plan_videos(tmp_path, [], 1) == tasks
 
 
+def failed_once(root: Path) -> PlannedVideo:
+    """A store in which shard 0 says that the video failed, and that is planned again."""
+    create_store(root, provenance(), 512)
+    video = PlannedVideo("v", "videos/v.mp4")
+    write_shards(root, {"v": None})
+    (task,) = plan_videos(root, [video], 1, retry_failed=True)
+    assert (task.shard, task.videos) == (1, (video,))
+    return video
+
+
+def test_a_failure_before_a_shard_that_was_voided_settles_nothing(tmp_path: Path) -> None:
+    video = failed_once(tmp_path)
+    write_shards(tmp_path, {"v": features("v", 9)})
+    assert plan_videos(tmp_path, [video], 1, retry_failed=True) == []
+    void(open_store(tmp_path), 1)
+    assert anything_to_do(tmp_path, [video])
+    assert [task.shard for task in plan_videos(tmp_path, [video], 1)] == [2]
+
+
+def test_a_retry_that_found_no_place_is_planned_again(tmp_path: Path) -> None:
+    video = failed_once(tmp_path)
+    with ShardAttempt(tmp_path, 1) as attempt:
+        attempt.add(VideoRecord(video_id="other"), features("other", 500))
+        assert attempt.add(VideoRecord(video_id="v"), features("v", 100)).status == "overflow"
+        assert attempt.commit()
+    (task,) = plan_videos(tmp_path, [], 1)
+    assert (task.shard, task.videos) == (2, (video,))
+    with ShardAttempt(tmp_path, 2) as attempt:
+        attempt.add(VideoRecord(video_id="v", status="failed", reason="timeout"), None)
+        assert attempt.commit()
+    assert plan_videos(tmp_path, [], 1) == [], "the last try counts"
+
+
 def test_planners_at_once_lose_nothing(tmp_path: Path) -> None:
     create_store(tmp_path, provenance(), 512)
     with ThreadPoolExecutor(8) as pool:
@@ -149,3 +185,14 @@ def test_a_missing_file_has_its_turn_once_it_is_there(tmp_path: Path) -> None:
     commit("failed", "empty_file")
     assert not anything_to_do(root, [video]), "only what was missing is tried again"
     assert [record.reason for record in failures(root)] == ["empty_file"]
+
+
+def test_a_place_that_does_not_answer_is_no_damaged_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = create_store(tmp_path, provenance(), 512)
+
+    def unreachable(_: object) -> int:
+        raise StoreUnreachableError("no answer")
+
+    monkeypatch.setattr("feature_store.plan_repair.planned_shards", unreachable)
+    with pytest.raises(StoreUnreachableError):
+        missing_segments(meta)

@@ -65,6 +65,7 @@ def test_the_record_is_back(two_shards: str, harm: Callable[[str, str], None]) -
     assert report.to_extract == ["broken"], "no snapshot says why it failed: it has another try"
     after = read_commit(meta, 0)
     assert (after.size, after.crc32c, after.rows) == (before.size, before.crc32c, before.rows)
+    assert after.origin == before.origin == meta.provenance.digest
     places = [(r.video_id, r.path, r.row, r.n_rows, r.crc32c) for r in before.videos if r.status == "ok"]
     assert [(r.video_id, r.path, r.row, r.n_rows, r.crc32c) for r in after.videos] == places
     aside = [key for key in open_storage(two_shards).names(VOIDED) if key.startswith("000000.")]
@@ -85,6 +86,7 @@ def test_a_kill_between_taking_the_record_out_and_writing_it_anew(
         patch.setattr("feature_store.commit._sealed", lambda commit: pytest.exit("killed"))
         with pytest.raises(pytest.exit.Exception):
             verify_store(two_shards, repair=True)
+    assert open_storage(two_shards).size(commit_key(0)), "the damaged record stays until the new one is there"
     assert verify_store(two_shards, repair=True).problems == []
     assert held(two_shards) == set(CORPUS)
 

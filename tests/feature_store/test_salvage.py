@@ -172,6 +172,22 @@ def test_several_shards_at_once(place: str) -> None:
     assert held(place) == {"v1", "v3", "v4"}
 
 
+def test_two_shards_with_one_video_and_one_open_task_of_it(tmp_path: Path) -> None:
+    """A repair was killed when it had planned a shard for the first: the second does not take that one too."""
+    root = str(tmp_path / "store")
+    create_store(root, provenance(), 2048)
+    video = PlannedVideo("v0", "")
+    for shard in (0, 1):
+        assert plan_shard(open_store(root), [video]) == shard
+        commit_shard(root, shard, ["v0"])
+        change(root, shard_key(shard), lambda data: data[:-1])
+    assert plan_shard(open_store(root), [video]) == 2
+    report = verify_store(root, repair=True)
+    assert (report.problems, report.to_extract) == ([], [])
+    assert committed_shards(open_store(root)) == [0, 1, 2, 3]
+    assert held(root) == {"v0"}
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: no handler of the code under test takes it."""
 

@@ -4,19 +4,22 @@ import json
 import random
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from feature_store import inspection
 from feature_store.captions import write_captions
-from feature_store.commit import commit_key, committed_shards, iter_commits, read_commit, void
+from feature_store.commit import Commit, commit_key, committed_shards, iter_commits, iter_records, read_commit, void
 from feature_store.config import CaptionConfig
-from feature_store.index import StoreIndex
+from feature_store.index import StoreIndex, current_line
 from feature_store.info import failures, store_info
-from feature_store.layout import open_store
+from feature_store.layout import StoreMeta, open_store
 from feature_store.local_storage import LocalStorage
 from feature_store.plan import plan_videos
+from feature_store.prune import prune_store
 from feature_store.reader import FeatureReader
 from feature_store.s3_storage import S3Storage
 from feature_store.snapshot import finalise
@@ -166,6 +169,60 @@ def test_a_current_that_is_lost(narrated: Path, corpus: Corpus, damage: str) -> 
     assert not report.problems
     assert report.repaired == [f"wrote CURRENT anew: it names snapshot {told[:6].decode()}"]
     assert current.read_bytes() == told
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_snapshot_that_is_made_while_the_store_is_looked_at(
+    store: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, pruned: bool
+) -> None:
+    """Of videos that were committed after the records were read: an extraction at work harms nothing."""
+    finalised = StoreIndex(store).name
+
+    def records(meta: StoreMeta, shards: list[int]) -> Iterator[tuple[int, Commit | StoreError]]:
+        yield from iter_records(meta, shards)
+        write_shards(store, {**corpus, "late": features("late", 9)})
+        assert finalise(store) > finalised
+        if pruned:
+            assert prune_store(store).snapshots == [finalised]
+
+    monkeypatch.setattr("feature_store.inspection.iter_records", records)
+    assert verify_store(store).problems == []
+    monkeypatch.undo()
+    assert verify_store(store).problems == []
+
+
+def test_a_shard_that_is_planned_while_the_store_is_looked_at(
+    store: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is there before the records are read; its plan was not when the plan was."""
+
+    def later(name: str, video_id: str) -> None:
+        """Another video is extracted when the inspection calls this."""
+        real = getattr(inspection, name)
+
+        def extract_first(*args: object) -> object:
+            monkeypatch.setattr(inspection, name, real)
+            write_shards(store, {**corpus, video_id: features(video_id, 9)})
+            return real(*args)
+
+        monkeypatch.setattr(inspection, name, extract_first)
+
+    later("array_fits", "late")
+    assert verify_store(store).problems == []
+    later("iter_records", "later")
+    assert verify_store(store).problems == []
+
+
+def test_the_newest_snapshot_is_compared_where_current_names_a_lost_one(store: Path) -> None:
+    void(open_store(store), 0)
+    held = {problem.where for problem in verify_store(store).problems}
+    assert held
+    assert all(where.startswith("index 000001, video ") for where in held)
+    (store / "CURRENT").write_bytes(current_line("000009"))
+    assert {problem.where for problem in verify_store(store).problems} == {*held, "CURRENT"}
+    report = verify_store(store, repair=True)
+    assert report.problems == []
+    assert report.repaired == ["wrote snapshot 000002", "wrote CURRENT anew: it names snapshot 000002"]
 
 
 def test_a_kill_before_the_first_current(store: Path) -> None:
