@@ -222,7 +222,7 @@ def test_the_newest_snapshot_is_compared_where_current_names_a_lost_one(store: P
     assert {problem.where for problem in verify_store(store).problems} == {*held, "CURRENT"}
     report = verify_store(store, repair=True)
     assert report.problems == []
-    assert report.repaired == ["wrote snapshot 000002", "wrote CURRENT anew: it names snapshot 000002"]
+    assert report.repaired == ["wrote snapshot 000010", "wrote CURRENT anew: it names snapshot 000010"]
 
 
 def test_a_kill_before_the_first_current(store: Path) -> None:
