@@ -13,6 +13,15 @@ from vlm_dist.errors import StoreError
 ArrayInfo = dict[str, Any]  # dtype, length, crc32c: what snapshot.json says of an array
 
 
+def column_json(info: ArrayInfo) -> bytes:
+    """The zarr.json of an array, which other readers of Zarr need."""
+    dtype = np.dtype(info["dtype"])
+    codec: dict[str, Any] = {"name": "bytes"}
+    if dtype.itemsize > 1:
+        codec["configuration"] = {"endian": "little"}
+    return array_json([info["length"]], [max(1, info["length"])], dtype.name, [codec])
+
+
 class ColumnWriter:
     """Appends to one 1-d array, any number of elements at a time; memory does not grow with it."""
 
@@ -38,15 +47,11 @@ class ColumnWriter:
         self._file.close()
         if self._length == 0:
             (self._folder / "c" / "0").unlink()
-        shape = [self._length]
-        codec = {"name": "bytes"}
-        if self._dtype.itemsize > 1:
-            codec = {"name": "bytes", "configuration": {"endian": "little"}}
-        metadata = array_json(shape, [max(1, self._length)], self._dtype.name, [codec])
-        write_durable(self._folder / "zarr.json", metadata)
+        info = {"dtype": self._dtype.name, "length": self._length, "crc32c": self._crc32c}
+        write_durable(self._folder / "zarr.json", column_json(info))
         fsync_dir(self._folder / "c")
         fsync_dir(self._folder)
-        return {"dtype": self._dtype.name, "length": self._length, "crc32c": self._crc32c}
+        return info
 
 
 def write_column(folder: Path, name: str, values: np.ndarray) -> ArrayInfo:

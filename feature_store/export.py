@@ -5,6 +5,7 @@ came from: `store import` of such a folder gives the same ids, bits and provenan
 """
 
 import json
+import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from feature_store.file_names import path_of_id
+from feature_store.file_names import id_of_path, path_of_id
 from feature_store.files import crc32c, disk_guard
 from feature_store.index import StoreIndex
 from feature_store.npy import read_header, read_rows
@@ -85,6 +86,7 @@ def export_npy(root: Root, folder: Path, on_progress: Callable[[int], None] = la
     reader = FeatureReader(root, check="always")
     index = reader.index
     open_export(folder, index)
+    _refuse_others(folder, index)
     written = kept = size = 0
     # In the order of the shards, so that a disk reads forward.
     for video in np.lexsort((index.row, index.shard)).tolist():
@@ -98,6 +100,17 @@ def export_npy(root: Root, folder: Path, on_progress: Callable[[int], None] = la
             written, size = written + 1, size + rows.nbytes
         on_progress(written + kept)
     return ExportSummary(written, kept, size)
+
+
+def _refuse_others(folder: Path, index: StoreIndex) -> None:
+    """Files of videos that the snapshot does not have would be imported with the others."""
+    names = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names if name.endswith(".npy"))
+    others = [path for path in names if index.find(id_of_path(path.relative_to(folder).parts, ".npy")) < 0]
+    if others:
+        raise StoreError(
+            f"{folder} holds features of {len(others)} videos that the store has not, or not any more "
+            f"({min(others).name}): delete them, or give a new folder"
+        )
 
 
 def _is_whole(path: Path, shape: tuple[int, int], crc: int) -> bool:

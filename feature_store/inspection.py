@@ -8,7 +8,7 @@ from pathlib import Path
 
 from feature_store.commit import Commit, commit_key, committed_shards, iter_records, shard_place
 from feature_store.inspection_index import IndexInspection, Video
-from feature_store.layout import FEATURES_JSON, StoreMeta, shard_key
+from feature_store.layout import FEATURES_JSON, StoreMeta, shard_key, wrong_metadata
 from feature_store.plan import array_fits, planned_shards, read_segment, segment_numbers
 from feature_store.plan_repair import missing_segments
 from feature_store.problem import Kind, Problem
@@ -39,6 +39,7 @@ class Inspection:
         self.deleted: set[str] = set()  # ids that the current snapshot leaves out on purpose
         self.orphans: list[str] = []  # keys
         self.published: dict[str, int] = {}  # bytes of every published shard, by key
+        self.derived: dict[str, bytes] = {}  # see `IndexInspection`
         self.ids: dict[int, list[str]] = {}  # of each good commit
         self.videos: set[Video] = set()  # of good commits
 
@@ -53,9 +54,12 @@ class Inspection:
         for shard, commit in iter_records(self.meta, shards):
             self._commit(shard, commit)
         self._orphans()
+        for key in wrong_metadata(self.meta):
+            self._report("metadata", self.meta.place(key), "is not the metadata that belongs there")
         index.run(self.videos, self.bad_shards)
         self.problems.extend(index.problems)
         self.bad_snapshots, self.bad_current, self.deleted = index.bad, index.bad_current, index.deleted
+        self.derived = index.derived
 
     def _report(self, kind: Kind, where: Path | str, message: object) -> None:
         self.problems.append(Problem(kind=kind, where=str(where), message=str(message)))

@@ -10,8 +10,9 @@ from feature_store.caption_table import COLUMNS, CaptionTable
 from feature_store.index import StoreIndex, array_groups, current_snapshot, snapshot_key
 from feature_store.layout import CURRENT, SNAPSHOTS, StoreMeta
 from feature_store.problem import Kind, Problem
+from feature_store.published import Location
 from feature_store.snapshot import row_milliseconds, snapshot_names
-from feature_store.snapshot_files import wrong_file
+from feature_store.snapshot_files import derived_files, wrong_file
 from feature_store.tokenizer import load_tokenizer
 from vlm_dist.errors import StoreUnreachableError, VlmDistError
 
@@ -32,6 +33,7 @@ class IndexInspection:
         self.fresh = fresh  # judge the store itself, not what this node keeps of it
         self.problems: list[Problem] = []
         self.bad: list[str] = []  # names of the damaged snapshots
+        self.derived: dict[str, bytes] = {}  # what damaged files must hold that follow from others, by key
         self.bad_current = False
         self.deleted: set[str] = set()  # ids that the current snapshot leaves out on purpose
         self._current = _current(meta)  # before the names: what it names is there already
@@ -141,6 +143,19 @@ class IndexInspection:
         folder = index.tokenizer_dir
         if folder and load_tokenizer(str(folder)).sha256 != index.details["captions"]["tokenizer_sha256"]:
             self._wrong(index.name, ", tokenizer", "is not the one that made the tokens")
+        else:
+            self._derived(index)
+
+    def _derived(self, index: StoreIndex) -> None:
+        """Files that follow from others are made anew where they lie, and the snapshot stays."""
+        location = Location.of(self.meta.storage, snapshot_key(index.name))
+        base = location.folder if location else snapshot_key(index.name)
+        for name, data in derived_files(index).items():
+            path = index.folder / name
+            if not path.is_file() or path.read_bytes() != data:
+                self.derived[f"{base}/{name}"] = data
+                where = f"snapshot {index.name}, {name}"
+                self.problems.append(Problem(kind="metadata", where=where, message="is not what belongs there"))
 
     def _damaged_captions(self, index: StoreIndex) -> None:
         for video in range(index.num_videos):

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from feature_store.files import SCRATCH, crc32c
+from feature_store.files import SCRATCH, crc32c, seal, unseal
 from feature_store.records import Provenance
 from feature_store.storage import Root, Storage, open_storage
 from vlm_dist.errors import StoreError
@@ -29,8 +29,10 @@ MAX_SHARD_BYTES = 64 << 20
 CRC_BYTES = 4
 PLANS, COMMITS, VOIDED, SNAPSHOTS, CURRENT = "_plan", "_commits", "_voided", "index", "CURRENT"
 FEATURES_JSON, SNAPSHOTS_JSON = "features/zarr.json", f"{SNAPSHOTS}/zarr.json"
+COPY = f"{PLANS}/store.json"  # of what zarr.json says: without it a store of years could not be opened
 _FOLDERS = ("features", SNAPSHOTS, PLANS, COMMITS, SCRATCH, VOIDED)
 _GROUP = {"zarr_format": 3, "node_type": "group"}
+GROUP_JSON = json.dumps(_GROUP).encode()  # of a snapshot and of its groups
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,16 @@ def create_store(root: Root, provenance: Provenance, rows_per_shard: int = 0) ->
     if rows % CHUNK_ROWS:
         raise StoreError(f"rows_per_shard is {rows}; it must be a multiple of {CHUNK_ROWS}, the rows of one chunk")
     if storage.size("zarr.json") is None:
+        if _is_rest(storage):
+            open_store(root)  # says what is to be done
         _require_vacant(storage)
         storage.prepare(_FOLDERS)
         storage.create("zarr.json", _group_json(rows, provenance))
     meta = open_store(root)
     _require_same(meta, provenance, rows if rows_per_shard else meta.rows_per_shard)
     if storage.size(SNAPSHOTS_JSON) is None:
-        storage.replace(SNAPSHOTS_JSON, json.dumps(_GROUP, indent=2).encode())
+        storage.replace(SNAPSHOTS_JSON, snapshots_json())
+    keep_copy(storage)
     if storage.size(FEATURES_JSON) is None:
         set_shard_count(meta, 0)
     return meta
@@ -121,6 +126,8 @@ def open_store(root: Root) -> StoreMeta:
         store = attributes["vlm_dist"]
         version = store["schema_version"]
     except (FileNotFoundError, NotADirectoryError):
+        if _is_rest(storage):
+            raise StoreError(f"{root}: zarr.json of this feature store is lost. {_RECOVER}") from None
         here = storage.local("")
         there = here.exists() if here else bool(storage.names(""))
         hint = "this is not a feature store (it has no zarr.json)" if there else "there is nothing"
@@ -128,6 +135,8 @@ def open_store(root: Root) -> StoreMeta:
     except StoreError:
         raise
     except (ValueError, KeyError, TypeError):
+        if _is_rest(storage):
+            raise StoreError(f"{root}: zarr.json of this feature store is damaged. {_RECOVER}") from None
         raise StoreError(f"{root} is not a feature store: its zarr.json is not one that vlm-dist wrote") from None
     if version != SCHEMA_VERSION:
         older = isinstance(version, int) and 1 <= version < SCHEMA_VERSION
@@ -141,8 +150,47 @@ def open_store(root: Root) -> StoreMeta:
         return StoreMeta(storage, store["rows_per_shard"], Provenance.model_validate(store["provenance"]))
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise StoreError(
-            f"{storage.address}/zarr.json is damaged: restore it from a copy (its attributes do not fit their crc)"
+            f"{storage.address}/zarr.json is damaged (its attributes do not fit their crc). {_RECOVER}"
         ) from error
+
+
+def keep_copy(storage: Storage) -> None:
+    """Keeps a second copy of what zarr.json says, where there is none of exactly that."""
+    told = seal(json.loads(storage.read("zarr.json"))["attributes"]["vlm_dist"])
+    if storage.size(COPY) is None or storage.read(COPY) != told:
+        storage.replace(COPY, told)
+
+
+def recover_metadata(root: Root) -> bool:
+    """Makes a lost or damaged zarr.json anew from the second copy; False where it is whole, or there is no copy."""
+    storage = open_storage(root)
+    try:
+        attributes = json.loads(storage.read("zarr.json"))["attributes"]
+        if attributes["vlm_dist_crc32c"] == _attributes_crc(attributes["vlm_dist"]):
+            return False
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        whole = group_json(unseal(storage.read(COPY), f"{storage.address}/{COPY}"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    storage.replace("zarr.json", whole)
+    return True
+
+
+def wrong_metadata(meta: StoreMeta) -> dict[str, bytes]:
+    """Metadata objects that are not byte for byte what they must be, by key, and what they must be."""
+    storage = meta.storage
+    told = json.loads(storage.read("zarr.json"))["attributes"]["vlm_dist"]
+    right = {"zarr.json": group_json(told), SNAPSHOTS_JSON: snapshots_json()}
+    if storage.size(COPY) is not None:  # older stores have none until somebody writes
+        right[COPY] = seal(told)
+    return {key: data for key, data in right.items() if storage.size(key) is None or storage.read(key) != data}
+
+
+def snapshots_json() -> bytes:
+    """The metadata of the group that snapshots lie in."""
+    return json.dumps(_GROUP, indent=2).encode()
 
 
 def store_exists(root: Root) -> bool:
@@ -208,6 +256,14 @@ def group_json(store: dict[str, Any]) -> bytes:
     """The store's own zarr.json: a Zarr v3 group whose attributes say what the store is, under a checksum."""
     attributes = {"vlm_dist": store, "vlm_dist_crc32c": _attributes_crc(store)}
     return json.dumps({**_GROUP, "attributes": attributes}, indent=2).encode()
+
+
+_RECOVER = "`vlm-dist store verify --repair` makes it anew from the store's second copy; else restore it from a backup"
+
+
+def _is_rest(storage: Storage) -> bool:
+    """Whether what lies there is a store all the same."""
+    return {PLANS, COMMITS} <= set(storage.names("")) and bool(storage.names(PLANS))
 
 
 def _require_vacant(storage: Storage) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from feature_store.layout import SCHEMA_VERSION, group_json, open_store
+from feature_store.layout import SCHEMA_VERSION, group_json, keep_copy, open_store
 from feature_store.storage import Root, Storage, open_storage
 from vlm_dist.errors import StoreError
 
@@ -39,6 +39,7 @@ def migrate_store(root: Root) -> list[int]:
             return done
         _STEPS[version](storage, store)
         storage.replace("zarr.json", group_json({**store, "schema_version": version + 1}))
+        keep_copy(storage)
         done.append(version)
 
 

@@ -9,6 +9,7 @@ Cloudflare R2, MinIO and Ceph have.
 
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -250,8 +251,15 @@ class S3Storage:
         except (AlreadyExistsError, PreconditionError):
             raise
         except BaseError as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = _reason(str(error))
             raise StoreUnreachableError(
                 f"{self._address}/{key} cannot be reached: {reason}. The environment says how: AWS_ACCESS_KEY_ID, "
                 "AWS_SECRET_ACCESS_KEY, AWS_REGION, and AWS_ENDPOINT_URL (with AWS_ALLOW_HTTP=true for http)"
             ) from error
+
+
+def _reason(error: str) -> str:
+    """What a service answered, or the client's own words without its inner workings."""
+    if answer := re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", error, re.DOTALL):
+        return f"{answer[1]}, {answer[2]}"
+    return " ".join(error.partition("Debug source")[0].split())[:300].rstrip(". ")

@@ -125,7 +125,7 @@ def read_rows(meta: StoreMeta, file: BufferedReader, row: int, n_rows: int) -> n
     return rows
 
 
-REPAIR = "Run `vlm-dist store verify --repair` on the store, then extract again"
+REPAIR = "Run `vlm-dist store verify --deep --repair` on the store, then extract again"
 
 
 def _crc_of(data: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from feature_store.commit import roll_all_forward
 from feature_store.draft import Captions, Draft, Marks, VideoColumns
 from feature_store.files import disk_guard, fsync_dir, seal, write_durable
 from feature_store.index import STATUS_OK, StoreIndex, current_line, snapshot_key
-from feature_store.layout import CURRENT, SNAPSHOTS, VOIDED, StoreMeta, open_store, scratch_name
+from feature_store.layout import CURRENT, GROUP_JSON, SNAPSHOTS, VOIDED, StoreMeta, open_store, scratch_name
 from feature_store.leftovers import VOIDED_SNAPSHOT, sweep
 from feature_store.published import SNAPSHOT_JSON
 from feature_store.storage import Root
@@ -178,9 +178,8 @@ def snapshot_marks(index: StoreIndex | None) -> Marks:
 def _write(meta: StoreMeta, folder: Path, parent: str, draft: Draft) -> None:
     """Writes a whole snapshot, durably, into a folder of its own."""
     videos, captions = draft.videos, draft.captions
-    group = json.dumps({"zarr_format": 3, "node_type": "group"}).encode()
     (folder / "pending").mkdir()
-    write_durable(folder / "zarr.json", group)
+    write_durable(folder / "zarr.json", GROUP_JSON)
     row_ms = row_milliseconds(meta)
     place = {
         key: (t, row) for t, (keys, _) in reversed(list(enumerate(captions.tables))) for row, key in enumerate(keys)
@@ -212,7 +211,7 @@ def _write(meta: StoreMeta, folder: Path, parent: str, draft: Draft) -> None:
             table, row = place[key]
             writer.append(captions.tables[table][1].video(row))
         pending = writer.finish() | _write_ids(folder / "pending", waiting)
-        write_durable(folder / "pending" / "zarr.json", group)
+        write_durable(folder / "pending" / "zarr.json", GROUP_JSON)
         fsync_dir(folder / "pending")
     else:
         (folder / "pending").rmdir()

@@ -1,11 +1,14 @@
-"""Does a snapshot have all its files (index → its problems): a look from the outside, at names and sizes only."""
+"""Does a snapshot have all its files (index → its problems), and those that follow from others, as they must be?"""
 
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from feature_store.arrays import column_bytes, column_key
-from feature_store.index import array_groups, snapshot_details, snapshot_key
-from feature_store.layout import StoreMeta
+from feature_store.arrays import column_bytes, column_json, column_key
+from feature_store.index import StoreIndex, array_groups, snapshot_details, snapshot_key
+from feature_store.layout import GROUP_JSON, StoreMeta
 from feature_store.published import SNAPSHOT_JSON, Location
+from feature_store.tokenizer import load_tokenizer
 
 
 def wrong_file(meta: StoreMeta, name: str, sizes: Mapping[str, int]) -> str:
@@ -42,3 +45,16 @@ def _told(meta: StoreMeta, name: str) -> dict[str, int]:
             if size := column_bytes(info):
                 told["/".join(filter(None, (folder, group, column_key(array))))] = size
     return told
+
+
+def derived_files(index: StoreIndex) -> dict[str, bytes]:
+    """What files of a snapshot must hold because others say so, by name: what other libraries read it by."""
+    files = {"zarr.json": GROUP_JSON} | ({"pending/zarr.json": GROUP_JSON} if index.details["pending"] else {})
+    for group, arrays in array_groups(index.details).items():
+        for array, info in arrays.items():
+            files["/".join(filter(None, (group, array, "zarr.json")))] = column_json(info)
+    if index.tokenizer_dir:
+        with TemporaryDirectory(prefix="vlm-dist-") as folder:
+            load_tokenizer(str(index.tokenizer_dir)).save(Path(folder))
+            files |= {f"tokenizer/{path.name}": path.read_bytes() for path in Path(folder).iterdir()}
+    return files

@@ -9,8 +9,16 @@ from feature_store.commit import Commit, committed_shards, roll_all_forward, voi
 from feature_store.files import SCRATCH
 from feature_store.index import StoreIndex
 from feature_store.inspection import Inspection
-from feature_store.layout import CURRENT, StoreMeta, open_store, set_shard_count, shard_key
-from feature_store.plan import planned_shards
+from feature_store.layout import (
+    CURRENT,
+    StoreMeta,
+    open_store,
+    recover_metadata,
+    set_shard_count,
+    shard_key,
+    wrong_metadata,
+)
+from feature_store.plan import array_fits, planned_shards
 from feature_store.plan_repair import missing_segments, planned_paths, rebuild_segments
 from feature_store.problem import Problem
 from feature_store.restore import restore_records
@@ -27,6 +35,7 @@ class VerifyReport(BaseModel):
     problems: list[Problem]
     videos: int = Field(description="Videos with features, by the commit records.")
     shards: int = Field(description="Committed shards.")
+    snapshot: str = Field(description="Name of the snapshot that readers open; empty where there is none (yet).")
     bytes_checked: int = Field(description="Bytes of features whose checksums were compared (deep).")
     repaired: list[str] = Field(description="What a repair did.")
     to_extract: list[str] = Field(
@@ -47,6 +56,7 @@ def verify_store(root: Root, deep: bool = False, repair: bool = False, writers_g
     Raises:
         StoreError: there is no store, its zarr.json itself is damaged, or a repair was asked for while somebody writes.
     """
+    recovered = repair and recover_metadata(root)
     meta = open_store(root)
     if not repair:
         inspection = Inspection(meta, deep, fresh=deep)
@@ -58,7 +68,8 @@ def verify_store(root: Root, deep: bool = False, repair: bool = False, writers_g
         inspection.run()
         left = [name for name in meta.storage.names(SCRATCH) if name != note]  # before the look at who is writing
         _require_no_writers(meta, note, writers_gone)  # again: a deep inspection takes hours
-        repaired = repair_store(inspection, left)
+        repaired = ["made zarr.json anew from the store's second copy"] if recovered else []
+        repaired += repair_store(inspection, left)
         lost = inspection.lost - inspection.deleted
         inspection = Inspection(meta, deep, fresh=True)
         inspection.run()
@@ -70,6 +81,7 @@ def _report(inspection: Inspection, lost: set[str], repaired: list[str]) -> Veri
         problems=inspection.problems,
         videos=len({key for key, *_ in inspection.videos}),
         shards=inspection.shards,
+        snapshot=next(reversed(snapshot_names(inspection.meta)), ""),
         bytes_checked=inspection.bytes_checked,
         repaired=repaired,
         to_extract=sorted(lost - inspection.sound_ids()),
@@ -121,9 +133,12 @@ def repair_store(inspection: Inspection, left: Sequence[str]) -> list[str]:
     for name in left:
         meta.storage.remove(f"{SCRATCH}/{name}")
         done.append(f"removed unfinished {name}")
-    if any(problem.kind == "metadata" for problem in inspection.problems) or bad_segments:
+    if bad_segments or not array_fits(meta, planned_shards(meta)):
         set_shard_count(meta, planned_shards(meta))
         done.append("wrote features/zarr.json anew")
+    for key, data in (wrong_metadata(meta) | inspection.derived).items():
+        meta.storage.replace(key, data)
+        done.append(f"wrote {key} anew")
     before = snapshot_names(meta)
     if (name := finalise(meta.root)) not in before:
         done.append(f"wrote snapshot {name}")

@@ -111,6 +111,8 @@ def verify(
         if problems:
             print_table(("problem", "where", "what"), [(p.kind, p.where, p.message) for p in problems])
         print(f"{report.videos:,} videos in {report.shards:,} shards, {report.bytes_checked / 1e6:,.1f} MB checked")
+        if report.shards and not report.snapshot:
+            print("There is no index snapshot: captions, splits and deletions are none that are known here.")
     if problems:
         print_error(f"{len(problems)} problem{'s' * (len(problems) != 1)} in {root}")
         raise typer.Exit(1)
@@ -144,6 +146,8 @@ def show(
     record, provenance = facts.pop("record") or {}, facts.pop("provenance")
     if record:
         record["crc32c"] = f"{record['crc32c']:08x}"
+        record["working_s"] = record.pop("seconds")
+        record = {name: value for name, value in record.items() if value != 0.0 or name == "row"}
     facts |= {"captions": len(captions), **record, "provenance": provenance}
     print_table(("", ""), _lines(facts), title=f"Video {facts['video_id']}")
     if captions:

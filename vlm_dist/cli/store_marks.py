@@ -36,14 +36,15 @@ def delete(
       vlm-dist store delete --videos withdrawn.txt --undo
     """
     from feature_store.marks import delete_videos
-    from vlm_dist.cli.output import print_json
+    from vlm_dist.cli.output import counted, print_json
 
     report = delete_videos(store_address(store, workspace, overrides), _ids(ids, videos), undo)
     if as_json:
         print_json(report.model_dump())
         return
     unknown = f"; {report.unknown} are not in the store" if report.unknown and not undo else ""
-    print(f"{report.changed} videos {'brought back' if undo else 'deleted'}, {report.marked} are deleted now{unknown}.")
+    what = "brought back" if undo else "deleted"
+    print(f"{counted(report.changed, 'video')} {what}, {report.marked} are deleted now{unknown}.")
 
 
 def split(
