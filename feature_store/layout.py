@@ -98,7 +98,7 @@ def create_store(root: Root, provenance: Provenance, rows_per_shard: int = 0) ->
     rows = rows_per_shard or default_rows_per_shard(provenance.feature_dim)
     if rows % CHUNK_ROWS:
         raise StoreError(f"rows_per_shard is {rows}; it must be a multiple of {CHUNK_ROWS}, the rows of one chunk")
-    if storage.size("zarr.json") is None:
+    if storage.size("zarr.json") is None and not recover_metadata(root):
         if _is_rest(storage):
             open_store(root)  # says what is to be done
         _require_vacant(storage)
@@ -156,9 +156,9 @@ def open_store(root: Root) -> StoreMeta:
 
 def keep_copy(storage: Storage) -> None:
     """Keeps a second copy of what zarr.json says, where there is none of exactly that."""
-    told = seal(json.loads(storage.read("zarr.json"))["attributes"]["vlm_dist"])
-    if storage.size(COPY) is None or storage.read(COPY) != told:
-        storage.replace(COPY, told)
+    copy = _copy_of(storage.read("zarr.json"))
+    if storage.size(COPY) is None or storage.read(COPY) != copy:
+        storage.replace(COPY, copy)
 
 
 def recover_metadata(root: Root) -> bool:
@@ -171,21 +171,25 @@ def recover_metadata(root: Root) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         pass
     try:
-        whole = group_json(unseal(storage.read(COPY), f"{storage.address}/{COPY}"))
+        whole: str = unseal(storage.read(COPY), f"{storage.address}/{COPY}")["zarr.json"]
     except (FileNotFoundError, NotADirectoryError):
         return False
-    storage.replace("zarr.json", whole)
+    storage.replace("zarr.json", whole.encode())
     return True
 
 
 def wrong_metadata(meta: StoreMeta) -> dict[str, bytes]:
     """Metadata objects that are not byte for byte what they must be, by key, and what they must be."""
     storage = meta.storage
-    told = json.loads(storage.read("zarr.json"))["attributes"]["vlm_dist"]
-    right = {"zarr.json": group_json(told), SNAPSHOTS_JSON: snapshots_json()}
+    whole = group_json(json.loads(storage.read("zarr.json"))["attributes"]["vlm_dist"])
+    right = {"zarr.json": whole, SNAPSHOTS_JSON: snapshots_json()}
     if storage.size(COPY) is not None:  # older stores have none until somebody writes
-        right[COPY] = seal(told)
+        right[COPY] = _copy_of(whole)
     return {key: data for key, data in right.items() if storage.size(key) is None or storage.read(key) != data}
+
+
+def _copy_of(zarr_json: bytes) -> bytes:
+    return seal({"zarr.json": zarr_json.decode()})
 
 
 def snapshots_json() -> bytes:

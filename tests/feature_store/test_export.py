@@ -19,7 +19,7 @@ from feature_store.import_arrays import import_arrays
 from feature_store.import_sources import ArraySources
 from feature_store.index import StoreIndex
 from feature_store.layout import open_store, shard_key
-from feature_store.marks import name_split
+from feature_store.marks import delete_videos, name_split
 from feature_store.reader import FeatureReader
 from feature_store.verify import verify_store
 from tests.feature_store.store_tools import features, flip_bit, make_store
@@ -208,3 +208,13 @@ def test_captions_and_splits_come_back_as_they_went_out(captioned: Path, tmp_pat
     other = StoreIndex(again)
     assert other.fingerprint == index.fingerprint, "ids, features, captions, tokens, provenance"
     assert other.split_ids("train.1") == index.split_ids("train.1") == [b"never-seen", b"video-002", b"video-004"]
+
+
+def test_an_export_holds_nothing_but_its_snapshot(store: Path, tmp_path: Path) -> None:
+    """Importing the folder must not bring back a deleted video, or bring in another store's."""
+    export_npy(store, tmp_path / "out")
+    delete_videos(store, ["video-009"])
+    with pytest.raises(StoreError, match=r"features of 1 videos that the store has not.*\(video-009\.npy\)"):
+        export_npy(store, tmp_path / "out")
+    (tmp_path / "out" / "video-009.npy").unlink()
+    assert export_npy(store, tmp_path / "out")[:2] == (0, 29)

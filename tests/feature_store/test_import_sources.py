@@ -70,7 +70,12 @@ def test_a_pickle_of_arrays(tmp_path: Path, protocol: int) -> None:
 
 def test_a_pickle_that_is_no_dict_of_ids(tmp_path: Path) -> None:
     file = tmp_path / "features.pickle"
-    for content, words in (([1], "holds a list"), ({1.5: 2}, "the keys must be video ids")):
+    for content, words in (
+        ([1], "holds a list"),
+        ({1.5: 2}, "the keys must be video ids"),
+        ({"1": 2, 1: 2}, "several keys that are the video id '1'"),
+        ({"x\ud800": 2, "x?": 2}, r"several keys that are the video id 'x\?'"),
+    ):
         file.write_bytes(pickle.dumps(content))
         with pytest.raises(StoreError, match=words):
             ArraySources([file], allow_pickle=True)

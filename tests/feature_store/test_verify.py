@@ -16,7 +16,7 @@ from feature_store.commit import Commit, commit_key, committed_shards, iter_comm
 from feature_store.config import CaptionConfig
 from feature_store.index import StoreIndex, current_line
 from feature_store.info import failures, store_info
-from feature_store.layout import StoreMeta, open_store
+from feature_store.layout import StoreMeta, create_store, open_store
 from feature_store.local_storage import LocalStorage
 from feature_store.plan import plan_videos
 from feature_store.prune import prune_store
@@ -30,6 +30,7 @@ from tests.feature_store.store_tools import (
     flip_bit,
     flipped,
     make_store,
+    provenance,
     whole_after_cut,
     write_shards,
 )
@@ -372,6 +373,60 @@ def test_a_lost_index_is_made_anew(store: Path) -> None:
     before = StoreIndex(store).fingerprint
     shutil.rmtree(store / "index")
     (store / "CURRENT").unlink()
+    assert verify_store(store).snapshot == ""
     finalise(store)
     assert StoreIndex(store).fingerprint == before
-    assert not verify_store(store, deep=True).problems
+    assert [problem.where for problem in verify_store(store, deep=True).problems] == [f"{store}/index/zarr.json"]
+    report = verify_store(store, deep=True, repair=True)
+    assert (report.problems, report.repaired, report.snapshot) == ([], ["wrote index/zarr.json anew"], "000001")
+
+
+METADATA = [
+    "zarr.json",
+    "index/zarr.json",
+    "index/000002/zarr.json",
+    "index/000002/tokens/zarr.json",
+    "index/000002/pending/zarr.json",
+    "index/000002/pending/text/zarr.json",
+    "index/000002/tokenizer/vocab.txt",
+    "index/000002/tokenizer/tokenizer_config.json",
+    "_plan/store.json",
+]
+
+
+@pytest.mark.parametrize("name", METADATA)
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_what_follows_from_the_rest_is_made_anew(store: Path, tmp_path: Path, name: str, damage: str) -> None:
+    told = {i: {"start": [0], "end": [1], "text": ["now cut the onion"]} for i in ("video-001", "waits")}
+    (tmp_path / "c.json").write_text(json.dumps(told))
+    write_captions(store, tmp_path / "c.json", CaptionConfig(tokenizer="wordpiece:60"))
+    before, path = StoreIndex(store).fingerprint, store / name
+    whole = path.read_bytes()
+    if damage == "lose":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(whole[:-2])
+    else:
+        flip_bit(path, len(whole) // 3)
+    if name == "zarr.json":
+        with pytest.raises(StoreError, match=r"zarr.json.*(lost|damaged).*`vlm-dist store verify --repair` makes it"):
+            verify_store(store, deep=True)
+    elif (name, damage) != ("_plan/store.json", "lose"):  # older stores have none
+        assert [problem.kind for problem in verify_store(store, deep=True).problems] == ["metadata"]
+    report = verify_store(store, deep=True, repair=True)
+    assert not report.problems
+    if (name, damage) == ("_plan/store.json", "lose"):
+        write_shards(store, {})
+        create_store(store, provenance(), 1024)
+    assert path.read_bytes() == whole
+    assert StoreIndex(store).fingerprint == before
+
+
+def test_a_flipped_bit_of_the_frame_of_the_metadata(store: Path) -> None:
+    """The checksum covers the attributes; the rest of it is compared byte for byte."""
+    whole = (store / "zarr.json").read_bytes()
+    (store / "zarr.json").write_bytes(whole.replace(b"zarr_format", b"zarr_formau"))
+    (problem,) = verify_store(store).problems
+    assert problem.where == f"{store}/zarr.json"
+    assert verify_store(store, repair=True).repaired == ["wrote zarr.json anew"]
+    assert (store / "zarr.json").read_bytes() == whole

@@ -76,7 +76,7 @@ def test_captions_splits_deletions_and_a_picture(here: Path, typed: Callable[...
     assert typed("store", "split", "train", "--videos", "train.txt") == (
         "Split train: 3 videos, 1 of them not in the store yet.\n"
     )
-    assert typed("store", "delete", "v5", "nobody") == "1 videos deleted, 1 are deleted now; 1 are not in the store.\n"
+    assert typed("store", "delete", "v5", "nobody") == "1 video deleted, 1 are deleted now; 1 are not in the store.\n"
     info = json.loads(typed("store", "info", "--json", "--plot", "store.png"))
     assert (info["splits"], info["videos"]["deleted"], info["videos"]["ok"]) == ({"train": 3}, 1, 5)
     assert (here / "store.png").stat().st_size > 5000
