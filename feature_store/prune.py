@@ -3,11 +3,13 @@
 from pydantic import BaseModel, ConfigDict, Field
 
 from feature_store.at_work import SNAPSHOT, at_work, require_no_writers
-from feature_store.index import current_snapshot, snapshot_key
+from feature_store.index import StoreIndex, current_snapshot, snapshot_key
 from feature_store.layout import VOIDED, StoreMeta, open_store
 from feature_store.leftovers import VOIDED_SNAPSHOT, named_folder, sweep, withdraw
 from feature_store.snapshot import snapshot_names
 from feature_store.storage import Root
+from feature_store.tokenizer import load_tokenizer
+from vlm_dist.errors import StoreError, StoreUnreachableError, VlmDistError
 
 
 class PruneReport(BaseModel):
@@ -33,7 +35,8 @@ def prune_store(root: Root, keep: int = 1, voided: bool = False, dry_run: bool =
         dry_run: only say what would go.
 
     Raises:
-        StoreError: no store, a damaged one, or a snapshot is being made or the store repaired.
+        StoreError: no store, a damaged one, or a snapshot is being made or the store repaired; the newest snapshot is
+            damaged, of which every byte is read before anything goes (also for `dry_run`).
     """
     assert keep >= 1, "readers need a snapshot"
     meta = open_store(root)
@@ -47,6 +50,8 @@ def _prune(meta: StoreMeta, keep: int, voided: bool, dry_run: bool) -> PruneRepo
     going = [name for name in names[:-keep] if name != current]
     # A number that was used must not come again: a snapshot above the newest stays aside as its witness.
     told = [name for name in meta.storage.names(VOIDED) if not _is_witness(name, names)] if voided else []
+    if names and (going or told):
+        _require_sound(meta, names[-1])
     size = sum(_bytes(meta, key) for key in [*(snapshot_key(name) for name in going), *map(_aside, told)])
     if not dry_run:
         for name in going:
@@ -57,6 +62,24 @@ def _prune(meta: StoreMeta, keep: int, voided: bool, dry_run: bool) -> PruneRepo
             meta.storage.remove(key)
         sweep(meta)
     return PruneReport(snapshots=going, voided=told, kept=[name for name in names if name not in going], bytes=size)
+
+
+def _require_sound(meta: StoreMeta, name: str) -> None:
+    """Compares the checksums of the newest snapshot as the store has it: of a damaged one the older are the backup."""
+    try:
+        with meta.storage.copied(snapshot_key(name)) as folder:
+            index = StoreIndex(meta.root, name, folder)
+            index.check_all()
+            tokenizer = load_tokenizer(str(index.tokenizer_dir)) if index.tokenizer_dir else None
+            if tokenizer and tokenizer.sha256 != index.details["captions"]["tokenizer_sha256"]:
+                raise StoreError(f"the tokenizer in {folder} is not the one that made the tokens")
+    except StoreUnreachableError:
+        raise
+    except (VlmDistError, FileNotFoundError, KeyError, ValueError) as error:
+        raise StoreError(
+            f"snapshot {name}, which would stay, is damaged: nothing was removed, as older ones may mend it; "
+            f"run `vlm-dist store verify --deep --repair` on the store first ({error})"
+        ) from error
 
 
 def _aside(name: str) -> str:

@@ -77,23 +77,40 @@ def _update(meta: StoreMeta, build: Callable[[StoreIndex | None], Draft | None])
             return newest
         if parent and not parent.check_all():  # what is copied gets new checksums: damage would be sealed with them
             continue
-        staged = meta.storage.scratch(scratch_name("snapshot"))
-        try:
-            with disk_guard(staged, _size(draft)):
-                _write(meta, staged, newest, draft)
-                published = meta.storage.publish(staged, snapshot_key(name))
-        except FileNotFoundError:
-            if staged.exists():
-                raise
-            raise StoreError(
-                f"{staged}, in which a snapshot was made, was deleted meanwhile: run no repair while somebody writes "
-                "to the store, and type the same command again"
-            ) from None
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-        if published:
+        if _publish(meta, name, newest, draft):
             return point_current(meta)
         # Another builder took the number: build on its snapshot.
+
+
+def publish_draft(meta: StoreMeta, draft: Draft) -> str:
+    """Writes a draft as the next snapshot, whatever is in the newest, which is damaged: for a repair only.
+
+    Raises:
+        StoreError: a full disk, or another repair is at work.
+    """
+    with at_work(meta, SNAPSHOT):
+        while True:
+            names = snapshot_names(meta)
+            if _publish(meta, f"{_last_number(meta) + 1:06d}", names[-1] if names else "", draft):
+                return point_current(meta)
+
+
+def _publish(meta: StoreMeta, name: str, parent: str, draft: Draft) -> bool:
+    """Builds a snapshot aside and publishes it; False where another builder took the number."""
+    staged = meta.storage.scratch(scratch_name("snapshot"))
+    try:
+        with disk_guard(staged, _size(draft)):
+            _write(meta, staged, parent, draft)
+            return meta.storage.publish(staged, snapshot_key(name))
+    except FileNotFoundError:
+        if staged.exists():
+            raise
+        raise StoreError(
+            f"{staged}, in which a snapshot was made, was deleted meanwhile: run no repair while somebody writes "
+            "to the store, and type the same command again"
+        ) from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def point_current(meta: StoreMeta) -> str:

@@ -24,6 +24,7 @@ from feature_store.problem import Problem
 from feature_store.restore import restore_records
 from feature_store.salvage import salvage_shard, settled_elsewhere
 from feature_store.snapshot import finalise, snapshot_names, void_snapshot
+from feature_store.snapshot_salvage import salvage_snapshot
 from feature_store.storage import Root
 
 
@@ -98,7 +99,7 @@ def repair_store(inspection: Inspection, left: Sequence[str]) -> list[str]:
 
     Nothing is deleted but unfinished attempts: what is taken out lies in `_voided`. Videos that are whole are kept
     wherever a record or a snapshot says which they are; the others are given out again by the next extraction. Captions
-    of videos that are taken out wait for them.
+    of videos that are taken out wait for them. What is sound of a damaged newest snapshot is in the next one.
 
     Args:
         inspection: has looked at everything.
@@ -122,14 +123,16 @@ def repair_store(inspection: Inspection, left: Sequence[str]) -> list[str]:
         ids |= {shard: [record.video_id for record in commit.videos] for shard, (commit, _) in restored.items()}
         done.extend(rebuild_segments(meta, bad_segments, ids))
     done.extend(_take_out(inspection, [shard for shard in inspection.bad_shards if shard not in restored], paths))
+    done.extend(f"published shard {commit.shard}" for commit, now in roll_all_forward(meta) if now)
+    salvaged, lines = salvage_snapshot(meta, inspection.bad_snapshots)  # a kill before they are taken out loses nothing
+    done.extend(lines)
     for name in inspection.bad_snapshots:
         void_snapshot(meta, name)
         done.append(f"took out damaged snapshot {name}")
-    if inspection.bad_snapshots:
+    if inspection.bad_snapshots and not salvaged:
         newest_first = reversed(snapshot_names(meta))
-        left = next((name for name in newest_first if StoreIndex(meta.root, name).tokenizer_dir), "")
-        done.append(f"captions are those of snapshot {left}" if left else "no captions are left: write them again")
-    done.extend(f"published shard {commit.shard}" for commit, now in roll_all_forward(meta) if now)
+        told = next((name for name in newest_first if StoreIndex(meta.root, name).tokenizer_dir), "")
+        done.append(f"captions are those of snapshot {told}" if told else "no captions are left: write them again")
     for name in left:
         meta.storage.remove(f"{SCRATCH}/{name}")
         done.append(f"removed unfinished {name}")
