@@ -46,6 +46,14 @@ def bucket(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(params=["folder", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An address where a store may be made: a folder, and a prefix of a bucket."""
-    if request.param == "folder":
-        return str(tmp_path / "place")
-    return f"{request.getfixturevalue('bucket')}/lab/store"
+    return _place(request, tmp_path)
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.slow)])
+def long_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The same for tests whose requests to a bucket take seconds: that half of them is among the slow ones."""
+    return _place(request, tmp_path)
+
+
+def _place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "place") if request.param == "folder" else f"{request.getfixturevalue('bucket')}/lab/store"

@@ -32,6 +32,12 @@ from vlm_dist.errors import StoreError
 
 
 @pytest.fixture
+def place(long_place: str) -> str:
+    """A folder, and (slow) a bucket."""
+    return long_place
+
+
+@pytest.fixture
 def meta(place: str) -> StoreMeta:
     """An empty store."""
     return create_store(place, provenance(), 1024)

@@ -135,7 +135,7 @@ def test_a_published_shard_whose_record_is_lost_is_not_overwritten(tmp_path: Pat
     add_video(late, PlannedVideo("v1", ""), features("v1", 300, salt=1))
     (root / commit_key(1)).unlink()
     before = (root / shard_key(1)).read_bytes()
-    advice = r"features/c/1/0 is there, and its commit record is lost.*vlm-dist store verify --repair"
+    advice = r"features/c/1/0 is there, and its commit record is lost.*vlm-dist store verify --deep --repair"
     with pytest.raises(StoreError, match=advice), late:
         late.commit()
     with pytest.raises(StoreError, match=advice):

@@ -27,6 +27,12 @@ Corpus = dict[str, np.ndarray | None]
 
 
 @pytest.fixture
+def place(long_place: str) -> str:
+    """A folder, and (slow) a bucket."""
+    return long_place
+
+
+@pytest.fixture
 def corpus() -> Corpus:
     """Ten videos, and one that failed."""
     return {f"v{number}": features(f"v{number}", 20 + number) for number in range(10)} | {"broken": None}

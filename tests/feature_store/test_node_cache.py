@@ -143,6 +143,7 @@ def test_a_damaged_copy_of_a_snapshot_is_fetched_again(remote: str, small: Corpu
     assert not verify_store(remote, deep=True).problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "check"),
     [
@@ -300,6 +301,7 @@ def test_what_a_killed_verify_left_goes(remote: str, cache: Path) -> None:
     assert copies() == 1
 
 
+@pytest.mark.slow
 def test_a_tree_in_use_is_spared(remote: str, small: Corpus, cache: Path) -> None:
     reader = pickle.loads(pickle.dumps(FeatureReader(remote, "always")))
     tree, name = tree_of(cache, reader.index), reader.index.name
@@ -359,6 +361,7 @@ def test_a_tree_that_is_gone_nevertheless_is_fetched_again(remote: str, small: C
         assert use(index)
 
 
+@pytest.mark.slow
 def test_no_descriptor_leaks(remote: str, cache: Path) -> None:
     StoreIndex(remote)
     gc.collect()

@@ -27,6 +27,12 @@ CORPUS: dict[str, np.ndarray | None] = {f"v{n}": features(f"v{n}", 20 + n) for n
 
 
 @pytest.fixture
+def place(long_place: str) -> str:
+    """A folder, and (slow) a bucket."""
+    return long_place
+
+
+@pytest.fixture
 def aged(place: str) -> str:
     """A store with four snapshots, in a folder and in a bucket."""
     make_store(place, CORPUS)

@@ -64,7 +64,13 @@ def videos(root: str) -> list[str]:
     return ids
 
 
-@pytest.fixture(params=["to a bucket", "to a folder", "there and back", "from bucket to bucket"])
+@pytest.fixture(
+    params=[
+        "to a bucket",
+        "to a folder",
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("there and back", "from bucket to bucket")),
+    ]
+)
 def moved(request: pytest.FixtureRequest, bucket: str, tmp_path: Path) -> tuple[str, str]:
     """A store, and where it was copied."""
     folder, there, back = str(tmp_path / "folder"), f"{bucket}/a/store", str(tmp_path / "back")

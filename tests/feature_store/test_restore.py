@@ -22,6 +22,12 @@ CORPUS = {f"v{number}": features(f"v{number}", 60 + 50 * number) for number in r
 
 
 @pytest.fixture
+def place(long_place: str) -> str:
+    """A folder, and (slow) a bucket."""
+    return long_place
+
+
+@pytest.fixture
 def two_shards(place: str) -> str:
     """Four videos and a failed one in shard 0, one in shard 1; in a snapshot."""
     meta = create_store(place, provenance(), 1024)

@@ -258,5 +258,5 @@ def test_a_shard_that_was_taken_out_while_it_was_open_is_named(remote: str) -> N
     video = int(np.flatnonzero(reader.index.shard == 0)[0])
     reader.read(video)
     void(open_store(remote), 0)
-    with pytest.raises(StoreError, match=r"features/c/0/0 is missing\. Run `vlm-dist store verify --repair`"):
+    with pytest.raises(StoreError, match=r"features/c/0/0 is missing\. Run `vlm-dist store verify --deep --repair`"):
         reader.read(video)

@@ -28,6 +28,12 @@ CHUNK = 256 * F * 2 + 4
 
 
 @pytest.fixture
+def place(long_place: str) -> str:
+    """A folder, and (slow) a bucket."""
+    return long_place
+
+
+@pytest.fixture
 def one_shard(place: str) -> str:
     """A store with six videos in shard 0, and one that failed, one that overflowed; two further shards of one."""
     return fill(place)
