@@ -114,7 +114,9 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest
     assert not (state / "server.json").exists()
 
 
-@pytest.mark.parametrize("size", [1, 300_000, 700_000])  # bytes of the database when the lights go out
+@pytest.mark.parametrize(  # bytes of the database when the lights go out
+    "size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (300_000, 700_000))]
+)
 def test_a_first_start_that_is_killed_spoils_nothing(tmp_path: Path, size: int) -> None:
     state = tmp_path / ".vlm-dist" / "mlflow"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE)

@@ -30,6 +30,7 @@ from vlm_dist.errors import StoreError
 
 Corpus = dict[str, np.ndarray | None]
 BUDGET = 1 << 30
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -75,8 +76,10 @@ def whole(reader: FeatureReader, corpus: Corpus) -> bool:
     return all(np.array_equal(reader.read(v), corpus[index.video_id(v)]) for v in range(index.num_videos))
 
 
-@pytest.mark.parametrize("damage", ["rows", "chunk index", "cut", "cut in the middle", "empty"])
-@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(
+    "damage", ["rows", "cut", *(pytest.param(d, marks=SLOW) for d in ("chunk index", "cut in the middle", "empty"))]
+)
+@pytest.mark.parametrize("opened", [False, pytest.param(True, marks=SLOW)])
 def test_a_damaged_copy_of_a_shard_is_fetched_again(
     remote: str, small: Corpus, cache: Path, damage: str, opened: bool
 ) -> None:
@@ -124,6 +127,7 @@ def _damages(tree: Path) -> Iterator[Path]:
         assert path.read_bytes() == data, f"{path} was not fetched again"
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_of_a_snapshot_is_fetched_again(remote: str, small: Corpus, cache: Path) -> None:
     """Whatever its file and whatever the damage: it opens, is checked and read, and nobody blames the store."""
     index = StoreIndex(remote)

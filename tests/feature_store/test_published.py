@@ -64,11 +64,13 @@ def videos(root: str) -> list[str]:
     return ids
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(
     params=[
-        "to a bucket",
         "to a folder",
-        *(pytest.param(way, marks=pytest.mark.slow) for way in ("there and back", "from bucket to bucket")),
+        *(pytest.param(way, marks=SLOW) for way in ("to a bucket", "there and back", "from bucket to bucket")),
     ]
 )
 def moved(request: pytest.FixtureRequest, bucket: str, tmp_path: Path) -> tuple[str, str]:
@@ -124,6 +126,7 @@ def test_a_copy_that_is_completed_later_is_read(bucket: str, tmp_path: Path) -> 
     assert videos(copy(source, target)) == ["v0", "v1", "v2", "v3", "v4"]
 
 
+@pytest.mark.slow
 def test_a_copy_without_the_objects_of_a_snapshot(bucket: str, tmp_path: Path) -> None:
     source = filled(f"{bucket}/a/store", tmp_path)
     name = StoreIndex(source).name
@@ -172,6 +175,7 @@ def test_a_move_that_is_killed_is_done_again(
     assert not verify_store(meta.root, deep=True).problems
 
 
+@pytest.mark.slow
 def test_verify_judges_the_bucket_and_leaves_the_node_alone(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

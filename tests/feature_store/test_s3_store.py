@@ -123,6 +123,7 @@ def test_captions_and_appending(remote: str, corpus: Corpus, tmp_path: Path) -> 
     assert not verify_store(remote, deep=True).problems
 
 
+@pytest.mark.slow
 def test_damage_is_found_and_mended(remote: str, corpus: Corpus) -> None:
     storage = open_storage(remote)
     FeatureReader(remote, "always", cache_bytes=1 << 30).read(0)

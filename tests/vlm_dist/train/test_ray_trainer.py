@@ -21,6 +21,7 @@ def _run(job: ToyJob) -> tuple[Any, list[tuple[str, Any]]]:
     return outcome, events
 
 
+@pytest.mark.slow
 def test_killed_worker_leaves_the_weights_bit_identical(tmp_path: Path, ray_session: None) -> None:
     calm, events = _run(ToyJob(str(tmp_path / "calm"), TRAIN))
     assert calm.step == 20
