@@ -68,7 +68,13 @@ def test_two_commands_share_a_server_and_a_killed_one_leaves_nothing(tmp_path: P
 @pytest.mark.parametrize(("hits", "code"), [(1, 0), (2, 130)])
 def test_the_ui_command_ends_its_server(tmp_path: Path, hits: int, code: int) -> None:
     command = [sys.executable, "-P", "-m", "vlm_dist", "ui", "--workspace", str(tmp_path)]
-    ui = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ui = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell lets its jobs ignore it
+    )
     assert ui.stdout is not None
     assert ui.stdout.readline().startswith("MLflow: http://127.0.0.1:")
     assert ui.stdout.readline() == "Ctrl-C ends it.\n"
