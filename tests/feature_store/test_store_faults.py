@@ -129,6 +129,10 @@ def test_flipped_bits(store: Path, corpus: Corpus, seed: int) -> None:
     print("\n" + "\n".join(f"{count:4} {what}" for what, count in sorted(counts.items())))
 
 
+# Nothing is lost with them: the newest snapshot is found without the first, and the second is a copy of what is there.
+NOT_MISSED = ("CURRENT", "store.json")
+
+
 def test_lost_and_truncated_files_are_named_and_mended(tmp_path: Path, corpus: Corpus) -> None:
     """Every file of a store lost and cut in half in turn; repaired, extracted again, the store is what it was."""
     counts = Counter[str]()
@@ -146,7 +150,7 @@ def test_lost_and_truncated_files_are_named_and_mended(tmp_path: Path, corpus: C
                     verify_store(root)
             elif name.name not in others or name.parts[0] == "features":
                 outcome = damaged(root, corpus)
-                assert "nothing named" not in outcome or name.name == "CURRENT", name
+                assert "nothing named" not in outcome or name.name in NOT_MISSED, name
                 counts[f"{name.parts[0]} {what}: {outcome}"] += 1
                 verify_store(root, deep=True, repair=True)
                 write_shards(root, corpus)
