@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from feature_store.commit import Commit
 from feature_store.config import ExtractConfig
@@ -100,3 +101,11 @@ def flip_bit(path: Path, byte: int, bit: int = 0) -> None:
 def features_of(path: Path, model: S3D, cfg: ExtractConfig) -> Extracted:
     """A video file's features by the weights of a model."""
     return features_from_file(path, clip_encoder(model, cfg), cfg)
+
+
+def golden_s3d(shared: Path) -> S3D:
+    """S3D with the weights that the reference's numbers were made with."""
+    weights = np.load(shared / "golden" / "s3d_weights.npz")
+    model = S3D()
+    model.load_state_dict({key: torch.from_numpy(weights[key]) for key in weights.files if "text_module" not in key})
+    return model

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from feature_store.s3d import FEATURE_DIM, S3D, PaddedMaxPool, space_to_depth
+from tests.feature_store.store_tools import golden_s3d
 
 
 @pytest.fixture(scope="module")
 def golden(shared: Path) -> S3D:
-    weights = np.load(shared / "golden" / "s3d_weights.npz")
-    model = S3D()
-    model.load_state_dict({key: torch.from_numpy(weights[key]) for key in weights.files if "text_module" not in key})
-    return model
+    return golden_s3d(shared)
 
 
 @pytest.mark.parametrize("clip", ["small", "odd16", "full"])

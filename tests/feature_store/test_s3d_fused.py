@@ -14,6 +14,7 @@ from feature_store.decode import SecondsReader
 from feature_store.encode import clip_encoder
 from feature_store.s3d import FEATURE_DIM, S3D, Layer
 from feature_store.s3d_fused import FusedS3D
+from tests.feature_store.store_tools import golden_s3d
 
 
 def random_model() -> S3D:
@@ -62,18 +63,11 @@ def test_equals_the_plain_network(model: S3D, shape: tuple[int, ...], layer: Lay
     assert (got - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
-def golden_model(shared: Path) -> S3D:
-    weights = np.load(shared / "golden" / "s3d_weights.npz")
-    model = S3D()
-    model.load_state_dict({key: torch.from_numpy(weights[key]) for key in weights.files if "text_module" not in key})
-    return model
-
-
 @pytest.mark.parametrize("clip", ["small", "odd16", "full"])
 def test_matches_the_reference(shared: Path, clip: str) -> None:
     numbers = np.load(shared / "golden" / "s3d_io.npz")
     clips = torch.from_numpy(numbers[f"clip_{clip}"]).permute(0, 2, 3, 4, 1).to(torch.uint8)
-    golden = golden_model(shared)
+    golden = golden_s3d(shared)
     embedding, mixed_5c = (FusedS3D(golden, layer)(clips).numpy() for layer in FEATURE_DIM)
     assert np.abs(embedding - numbers[f"emb_{clip}"]).max() < 5e-5
     assert np.abs(mixed_5c - numbers[f"mixed_5c_{clip}"]).max() < 2e-4
@@ -107,7 +101,7 @@ def test_clips_of_a_batch_do_not_touch_each_other(model: S3D) -> None:
 def test_lower_precision_errs_less_than_seconds_differ(shared: Path, precision: str, share: float) -> None:
     """Real video, the reference's weights: centred, the error is small beside what tells neighbouring seconds apart."""
     cfg = ExtractConfig(decode=DecodeConfig(size=112))
-    model = golden_model(shared)
+    model = golden_s3d(shared)
     files = sorted((shared / "data" / "videos").glob("*.mp4"))[:3]
     clips = [np.stack(list(islice(SecondsReader(path, cfg.decode), 4))) for path in files]
     exact = [clip_encoder(model, cfg)(torch.from_numpy(c)) for c in clips]
