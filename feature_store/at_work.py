@@ -1,9 +1,8 @@
 """Who is writing to a store right now: notes that are renewed while a writer lives (writers ⇄ repair, prune).
 
 A repair removes what is unfinished, so it must not run beside a writer, nor a writer begin beside a repair: each leaves
-its note in `_staging` and looks for the other's afterwards, so that one of two sees the other. An extraction, an
-import, captions, a snapshot, a prune and a repair have a note of their own here, the workers of an extraction theirs
-(notes.py). How old a note is, the store's own clock tells. A writer that was killed falls silent.
+its note in `_staging` and looks for the other's afterwards, so that one of two sees the other. How old a note is, the
+store's own clock tells. A writer that was killed falls silent.
 """
 
 import json
@@ -17,14 +16,12 @@ from threading import Event, Thread
 
 from feature_store.files import SCRATCH
 from feature_store.layout import StoreMeta, scratch_name
-from feature_store.notes import parse_note
 from vlm_dist.errors import StoreError
 
 QUIET_S = 60.0  # a writer that has given no sign for so long is gone
 REPAIR, SNAPSHOT = "store verify --repair", "a snapshot"
 _BEAT_S = 10.0
 _WRITER = re.compile(r"writer\.[0-9a-f]{32}\.json")
-_WORKER = re.compile(r"note-(\d+)\.json")
 
 _mine: set[str] = set()  # what this process does within its own repair is part of it
 
@@ -100,16 +97,11 @@ def _refuse(meta: StoreMeta, but: set[str], kind: str, advice: str) -> None:
 def _signs(meta: StoreMeta, kind: str) -> Iterator[tuple[str, str]]:
     """(note, who) of every note that can be read."""
     for name in meta.storage.names(SCRATCH):
-        worker = _WORKER.fullmatch(name)
-        if not worker and not _WRITER.fullmatch(name):
+        if not _WRITER.fullmatch(name):
             continue
         try:
             data = meta.storage.read(f"{SCRATCH}/{name}")
         except FileNotFoundError:  # its writer is done
-            continue
-        if worker:
-            if parse_note(data) and not kind:
-                yield name, f"the extraction of shard {int(worker[1])}"
             continue
         with suppress(ValueError, KeyError, TypeError):  # half a note: copied or damaged
             who = str(json.loads(data)["who"])

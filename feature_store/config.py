@@ -50,9 +50,23 @@ class ExtractConfig(_Frozen):
         default=True, description="L2-normalise each token (the reference's extraction script does)."
     )
     weights: str = Field(default="", description="S3D weights file (s3d_howto100m.pth).")
-    batch_seconds: int = Field(default=8, ge=1, description="Seconds of video in one S3D forward pass.")
-    workers: int = Field(default=0, ge=0, description="Ray workers; 0 takes one for every CPU or GPU of the cluster.")
+    batch_seconds: int = Field(default=8, ge=1, description="Most seconds of video in one S3D forward pass.")
+    workers: int = Field(
+        default=0, ge=0,
+        description="Ray workers; 0 takes one for every CPU or GPU of the cluster, and follows it as nodes join.",
+    )  # fmt: skip
     gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs of one worker; 0 extracts on CPUs.")
+    decoders: int = Field(
+        default=0, ge=0,
+        description="Decoding processes of one worker; 0 takes 2 on CPUs, and with a GPU its share of the node's CPUs.",
+    )  # fmt: skip
+    wait_for_nodes: bool = Field(
+        default=False, description="Workers that do not fit yet wait for nodes to join (clusters that grow)."
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="The same bits whatever the number of workers: no joint batches of videos, one thread a worker.",
+    )
 
 
 class ImportConfig(_Frozen):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from feature_store.chunks import Chunk, ReadChunks, read_chunks
 from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.decode import DecodeError, SecondsReader
 from feature_store.s3d import S3D
@@ -62,7 +63,8 @@ def features_from_file(
     path: Path | str,
     encoder: ClipEncoder,
     cfg: ExtractConfig,
-    on_batch: Callable[[SecondsReader], None] = lambda reader: None,
+    on_chunk: Callable[[Chunk], None] = lambda chunk: None,
+    read: ReadChunks | None = None,
 ) -> Extracted:
     """Decode a video and encode each second of it; holds `batch_seconds` of frames at a time, never the whole video.
 
@@ -70,26 +72,27 @@ def features_from_file(
         path: Video file of any format that FFmpeg reads.
         encoder: See `clip_encoder`, which makes one of S3D weights and the same config.
         cfg: Frame rate, size, normalisation.
-        on_batch: Called before each `batch_seconds` of video are encoded; may raise to go no further.
+        on_chunk: Called before each chunk is encoded; may raise to go no further.
+        read: Where the chunks come from: another process, or (None) `read_chunks` here.
 
     Raises:
         DecodeError: the video is missing, broken or too slow (see `SecondsReader`).
         ExtractionError: the encoder's output is not finite.
     """
     start = time.monotonic()
-    reader = SecondsReader(path, cfg.decode)
-    seconds = iter(reader)
     rows: list[np.ndarray] = []
-    while batch := list(islice(seconds, cfg.batch_seconds)):
-        on_batch(reader)
-        tokens = encoder(torch.from_numpy(np.stack(batch)).to(encoder.device))
+    decoded_s = claimed_s = 0.0
+    for chunk in read(str(path)) if read else read_chunks(str(path), cfg.decode, cfg.batch_seconds):
+        on_chunk(chunk)
+        decoded_s, claimed_s = chunk.decoded_s, chunk.claimed_s
+        tokens = encoder(torch.from_numpy(chunk.frames).to(encoder.device))
         if cfg.normalise:
             tokens = functional.normalize(tokens, dim=-1)
         rows.append(tokens.half().cpu().numpy())
     features = np.concatenate(rows)
     if not np.isfinite(features).all():
         raise ExtractionError(f"{path}: the encoder's output is not finite; are its weights damaged?")
-    return Extracted(features, reader.decoded_s, reader.claimed_s, time.monotonic() - start)
+    return Extracted(features, decoded_s, claimed_s, time.monotonic() - start)
 
 
 def calibration_clips(paths: Iterable[Path | str], cfg: DecodeConfig) -> np.ndarray:

@@ -1,35 +1,34 @@
-"""A corpus of videos → a feature store, on every CPU or GPU of a Ray cluster (videos → features).
+"""A corpus of videos → a feature store, on every CPU or GPU of a Ray cluster, or in this process (videos → features).
 
-The driver plans shards and hands each to an idle actor; features go from actor to disk and never through the driver.
-A worker that dies is replaced and its shard tried again; the store's commits make every shard count exactly once, so
-the same command can be killed and run again at any moment.
+The driver plans shards and hands each to an idle worker; features go from worker to disk and never through the driver.
+The store's commits make every shard count exactly once, so the same command can be killed and run again at any moment.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
 from feature_store.at_work import at_work
-from feature_store.config import ExtractConfig
+from feature_store.config import DecodeConfig, ExtractConfig
+from feature_store.decode_pool import AHEAD
+from feature_store.dispatch import Dispatch
 from feature_store.encoder import prepare_encoder
-from feature_store.extract_worker import ATTEMPTS, Blame, ShardWorker
+from feature_store.extract_worker import ShardWorker
 from feature_store.layout import open_store
-from feature_store.notes import Notes, Tally
 from feature_store.plan import PlannedVideo, ShardTask, plan_videos
 from feature_store.snapshot import finalise
 from feature_store.storage import Root
-from vlm_dist.errors import ConfigError, ExtractionError
+from feature_store.tally import Sign, Tally
+from vlm_dist.errors import ConfigError
 
-_POLL_S = 0.5
-_HANG_GRACE_S = 60.0  # beyond a video's own time limit, which the decoder checks after every frame
-_SHARD_DEATHS = 3  # deaths between videos (loading, committing) after which the work stops
+_CPU_DECODERS = 2  # S3D takes nearly all of a core: one more than it needs, so that the next video is open already
+_OBJECT_STORE_SHARE = 0.5  # of Ray's object store that chunks on their way may take
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class ExtractProgress:
     shards_done: int
     elapsed_s: float
     worker_deaths: int
+    waiting: float
+    """Share of their time in which the encoders waited for decoding."""
 
     @property
     def done(self) -> int:
@@ -76,6 +77,8 @@ class ExtractSummary:
     workers: int
     worker_deaths: int
     elapsed_s: float
+    waiting: float
+    """Share of their time in which the encoders waited for decoding."""
     snapshot: str
     """Name of the store's snapshot afterwards."""
 
@@ -94,10 +97,11 @@ def extract_corpus(
     weights: Path | None = None,
     rows_per_shard: int = 0,
     retry_failed: bool = False,
+    here: bool = False,
     on_progress: Callable[[ExtractProgress], None] = lambda progress: None,
     on_calibration: Callable[[], None] = lambda: None,
 ) -> ExtractSummary:
-    """Extract videos into a store, made or continued; the caller has called `ray.init`.
+    """Extract videos into a store, made or continued; the caller has called `ray.init`, unless it is done `here`.
 
     Broken videos are recorded with their reason. Committed shards are never redone: after an interruption, the same
     call does the rest; after the end it does nothing.
@@ -110,7 +114,8 @@ def extract_corpus(
         weights: The S3D weights file; exactly one of weights and random_seed is given.
         rows_per_shard: See `create_store`.
         retry_failed: Try the store's failed videos again.
-        on_progress: Called about twice a second.
+        here: Extract in this process, without Ray: for a few videos.
+        on_progress: Called about twice a second; `here`, every few seconds.
         on_calibration: Called before random weights are fitted, if they are.
 
     Raises:
@@ -119,7 +124,7 @@ def extract_corpus(
         ExtractionError: wrong weights, or workers that keep dying outside of any video.
     """
     start = time.monotonic()
-    workers = _num_workers(cfg)
+    share = None if here else worker_share(cfg)
     encoder = prepare_encoder(
         store,
         videos,
@@ -131,145 +136,159 @@ def extract_corpus(
     )
     with at_work(open_store(store), "extract"):
         finalise(store)  # publishes what an interrupted run had committed
-        state = ray.put(encoder.state())
-        run = _Run(store, cfg, workers, state, start, on_progress)
+        run = _Here(store, cfg, encoder.state()) if share is None else _OnRay(store, cfg, share, encoder.state())
+        run.on_progress = lambda: on_progress(run.progress(time.monotonic() - start))
         given: Sequence[PlannedVideo] = videos
-        while tasks := plan_videos(store, given, workers, retry_failed):
-            run.work(tasks)
-            finalise(store)
-            given, retry_failed = (), False  # only what overflowed its shard is left to plan
+        try:
+            while tasks := plan_videos(store, given, share.workers if share else 1, retry_failed):
+                run.work(tasks)
+                finalise(store)
+                given, retry_failed = (), False  # only what overflowed its shard is left to plan
+        finally:
+            run.close()
+        progress = run.progress(time.monotonic() - start)
         return ExtractSummary(
             listed=len(videos),
-            tally=run.tally,
-            shards=run.shards_done,
-            workers=workers,
-            worker_deaths=run.deaths,
-            elapsed_s=time.monotonic() - start,
+            tally=progress.tally,
+            shards=progress.shards_done,
+            workers=run.workers,
+            worker_deaths=progress.worker_deaths,
+            elapsed_s=progress.elapsed_s,
+            waiting=progress.waiting,
             snapshot=finalise(store),
         )
 
 
-def _num_workers(cfg: ExtractConfig) -> int:
-    resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
-    room = min(cpus, int(gpus / cfg.gpus_per_worker)) if cfg.gpus_per_worker > 0 else cpus
+@dataclass(frozen=True)
+class WorkerShare:
+    """How many workers a cluster is given, and what each may use of its node."""
+
+    workers: int
+    cpus: int
+    threads: int
+    decoders: int
+    chunk_seconds: int
+
+
+def worker_share(cfg: ExtractConfig) -> WorkerShare:
+    """Share a Ray cluster out among workers.
+
+    Raises:
+        ConfigError: more workers are asked for than there is room for (unless `cfg.wait_for_nodes`).
+    """
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(_room(node, cfg) for node in nodes)
     wanted = cfg.workers or max(1, room)
-    if wanted > room:
+    if wanted > room and not cfg.wait_for_nodes:
+        cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
         each = f"1 CPU and {cfg.gpus_per_worker:g} GPU" if cfg.gpus_per_worker > 0 else "1 CPU"
         advice = f"use --workers {room}" if room else "extract on CPUs (--set extract.gpus_per_worker=0)"
         raise ConfigError(
             f"{wanted} extraction workers of {each} each do not fit: Ray has {cpus} CPUs and {gpus:g} GPUs; {advice}"
+            ", or let them wait for nodes (--set extract.wait_for_nodes=true)"
         )
-    return wanted
+    # On one machine the workers share all its cores; over several, a worker of one core fits everywhere.
+    if cfg.gpus_per_worker > 0:
+        here = [(node, _room(node, cfg)) for node in nodes]
+        cpus = min((int(node["CPU"]) // count for node, count in here if count), default=1)
+    else:
+        cpus = int(nodes[0].get("CPU", 1)) // wanted if len(nodes) == 1 else 1
+    cpus = max(1, cpus)
+    decoders = cfg.decoders or (max(1, cpus - 1) if cfg.gpus_per_worker > 0 else _CPU_DECODERS)
+    threads = 1 if cfg.deterministic else cpus
+    chunk_seconds = cfg.batch_seconds if cfg.deterministic else _chunk_seconds(cfg, nodes, wanted, decoders)
+    return WorkerShare(wanted, cpus, threads, decoders, chunk_seconds)
 
 
-@dataclass
-class _Run:
-    """The pull queue: shards wait, actors work, the dead are replaced."""
+def _room(node: dict[str, float], cfg: ExtractConfig) -> int:
+    """Workers that a node has place for."""
+    cpus = int(node.get("CPU", 0))
+    return min(cpus, int(node.get("GPU", 0) / cfg.gpus_per_worker)) if cfg.gpus_per_worker > 0 else cpus
 
-    store: Root
-    cfg: ExtractConfig
-    workers: int
-    state: Any
-    start: float
-    on_progress: Callable[[ExtractProgress], None]
-    tally: Tally = field(default_factory=Tally)
-    shards_done: int = 0
-    shards: int = 0
-    videos: int = 0
-    deaths: int = 0
-    blames: dict[str, Blame] = field(default_factory=dict[str, Blame])
 
-    def __post_init__(self) -> None:
-        self.notes = Notes(self.store)
+def _chunk_seconds(cfg: ExtractConfig, nodes: Sequence[dict[str, float]], workers: int, decoders: int) -> int:
+    """The longest chunks of which all that may be on their way fit into Ray's object store on every node."""
+    bytes_ = _OBJECT_STORE_SHARE * min((n.get("object_store_memory", 0) for n in nodes), default=0)
+    streams = decoders * min(workers, max((_room(node, cfg) for node in nodes), default=1))
+    fits = bytes_ / (streams * (AHEAD + 1) * second_bytes(cfg.decode)) if streams else 0
+    return max(1, min(cfg.batch_seconds, int(fits)))
+
+
+def second_bytes(cfg: DecodeConfig) -> int:
+    """Bytes of one second of frames."""
+    return cfg.fps * cfg.size * cfg.size * 3
+
+
+class _OnRay:
+    """Shards in work on the workers of a cluster."""
+
+    on_progress: Callable[[], None]
+
+    def __init__(self, store: Root, cfg: ExtractConfig, share: WorkerShare, state: dict[str, Any]) -> None:
+        actor: Any = ray.remote(num_cpus=share.cpus, num_gpus=cfg.gpus_per_worker)(ShardWorker)
+        weights = ray.put(state)
+        start = partial(
+            actor.remote, store, cfg, weights, share.threads, decoders=share.decoders, chunk_seconds=share.chunk_seconds
+        )
+
+        def room() -> int:
+            return min(share.workers if cfg.workers else 1 << 30, self._room(cfg))
+
+        self._dispatch = Dispatch(start, room, lambda dispatch: self.on_progress())
+
+    @staticmethod
+    def _room(cfg: ExtractConfig) -> int:
+        return sum(_room(node["Resources"], cfg) for node in ray.nodes() if node["Alive"])
+
+    @property
+    def workers(self) -> int:
+        return self._dispatch.most_workers
 
     def work(self, tasks: Sequence[ShardTask]) -> None:
-        """Run the tasks to their end, on as many actors as there are workers."""
-        self.shards += len(tasks)
-        self.videos += sum(len(task.videos) for task in tasks)
-        queue, lost = deque(tasks), Counter[int]()
-        count = min(self.workers, len(tasks))
-        idle = [self._actor(count) for _ in range(count)]
-        running: dict[Any, tuple[Any, ShardTask]] = {}
-        watch = _Watch(self.notes, self.cfg.decode.timeout_s + _HANG_GRACE_S)
-        self.notes.clear_all([task.shard for task in tasks])
-        try:
-            while queue or running:
-                while queue and idle:
-                    actor, task = idle.pop(), queue.popleft()
-                    blames = {v.video_id: self.blames[v.video_id] for v in task.videos if v.video_id in self.blames}
-                    running[actor.extract.remote(task, blames)] = actor, task
-                ready, _ = ray.wait(list(running), num_returns=len(running), timeout=_POLL_S)
-                for ref in ready:
-                    actor, task = running.pop(ref)
-                    try:
-                        self.tally = self.tally.plus(ray.get(ref))
-                        self.shards_done += 1
-                    except RayTaskError as error:
-                        raise error.cause from None
-                    except RayActorError as error:
-                        ray.kill(actor)
-                        actor = self._actor(count)
-                        queue.appendleft(task)
-                        self._blame(task.shard, lost, watch.is_hung(task.shard), error)
-                    idle.append(actor)
-                    watch.forget(task.shard)
-                for actor, task in running.values():
-                    if watch.is_hung(task.shard):
-                        ray.kill(actor)
-                self._report([task for _, task in running.values()])
-        finally:
-            for actor in [*idle, *(actor for actor, _ in running.values())]:
-                ray.kill(actor)
+        self._dispatch.run(tasks)
 
-    def _actor(self, count: int) -> Any:
-        # On one machine the workers share all its cores; over several, a worker of one core fits everywhere.
-        cpus = int(ray.cluster_resources().get("CPU", 1)) // count if len(ray.nodes()) == 1 else 1
-        cpus = max(1, cpus)
-        worker: Any = ray.remote(num_cpus=cpus, num_gpus=self.cfg.gpus_per_worker)(ShardWorker)
-        return worker.remote(self.store, self.cfg, self.state, cpus)
+    def close(self) -> None:
+        self._dispatch.close()
 
-    def _blame(self, shard: int, lost: Counter[int], hung: bool, error: Exception) -> None:
-        """Note which video a dead worker was at; a shard whose workers die outside of any video stops the run."""
-        self.deaths += 1
-        note = self.notes.read(shard, fresh=True)
-        self.notes.clear(shard)  # else the next worker's death while loading is blamed on it
-        deaths = self.blames[note.video_id].deaths if note and note.video_id in self.blames else 0
-        if note and note.video_id and deaths < ATTEMPTS:
-            deaths = ATTEMPTS if hung else deaths + 1
-            message = "the decoder hung" if hung else f"the worker died {deaths} times while it was at this video"
-            self.blames[note.video_id] = Blame(deaths, "timeout" if hung else "decoder_crash", message)
-            return
-        lost[shard] += 1
-        if lost[shard] >= _SHARD_DEATHS:
-            raise ExtractionError(f"shard {shard}: its worker died {lost[shard]} times outside of any video: {error}")
-
-    def _report(self, working: Sequence[ShardTask]) -> None:
-        tally = self.tally
-        for task in working:
-            if note := self.notes.read(task.shard):
-                tally = tally.plus(note.tally)
-        elapsed = time.monotonic() - self.start
-        self.on_progress(ExtractProgress(self.videos, tally, self.shards, self.shards_done, elapsed, self.deaths))
+    def progress(self, elapsed_s: float) -> ExtractProgress:
+        it = self._dispatch
+        return _progress(it.so_far, it.videos, it.shards, it.shards_done, elapsed_s, it.deaths)
 
 
-class _Watch:
-    """Finds workers that have shown no sign of life within a video for longer than decoding may take."""
+class _Here:
+    """Shards in work in this process, one after another."""
 
-    def __init__(self, notes: Notes, limit_s: float) -> None:
-        self.notes, self.limit_s = notes, limit_s
-        self.since: dict[int, tuple[float, float]] = {}
+    on_progress: Callable[[], None]
+    workers = 1
 
-    def is_hung(self, shard: int) -> bool:
-        """Whether the shard's note names a video and has not been renewed for longer than the limit."""
-        note, now = self.notes.read(shard), time.monotonic()
-        beat = note.beat if note else 0.0
-        before, since = self.since.get(shard, (-1.0, now))
-        if beat != before:
-            self.since[shard] = beat, now
-            return False
-        return note is not None and note.video_id != "" and now - since > self.limit_s
+    def __init__(self, store: Root, cfg: ExtractConfig, state: dict[str, Any]) -> None:
+        import torch
 
-    def forget(self, shard: int) -> None:
-        """Start anew with the shard's next attempt."""
-        self.since.pop(shard, None)
+        self._worker = ShardWorker(store, cfg, state, 1 if cfg.deterministic else torch.get_num_threads())
+        self._worker.ready()
+        self._done = self._now = Sign(Tally())
+        self._videos = self._shards = self._shards_done = 0
+
+    def work(self, tasks: Sequence[ShardTask]) -> None:
+        self._videos += sum(len(task.videos) for task in tasks)
+        self._shards += len(tasks)
+        for task in tasks:
+            before = self._done
+            for sign in self._worker.extract(task):
+                self._done = Sign(
+                    before.tally.plus(sign.tally), before.waiting_s + sign.waiting_s, before.working_s + sign.working_s
+                )
+                self.on_progress()
+            self._shards_done += 1
+        self.on_progress()
+
+    def close(self) -> None:
+        """Nothing is to be ended."""
+
+    def progress(self, elapsed_s: float) -> ExtractProgress:
+        return _progress(self._done, self._videos, self._shards, self._shards_done, elapsed_s, 0)
+
+
+def _progress(sign: Sign, videos: int, shards: int, shards_done: int, elapsed_s: float, deaths: int) -> ExtractProgress:
+    waiting = sign.waiting_s / max(sign.waiting_s + sign.working_s, 1e-9)
+    return ExtractProgress(videos, sign.tally, shards, shards_done, elapsed_s, deaths, waiting)

@@ -1,139 +1,240 @@
-"""One shard's videos → features → commit: what a single extraction worker does (in a Ray actor, see extract.py).
+"""One shard's videos → features → commit: what a single extraction worker does (in a Ray actor, see dispatch.py).
 
-A broken video becomes a record with its reason and the shard goes on. What a worker is doing stands in its note.
+Some videos are in work at once, each in a thread that decodes (in another process) and encodes (together with the
+others). A broken video becomes a record with its reason and the shard goes on.
 """
 
 # pyright: reportUnknownMemberType=false
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import NamedTuple
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import Any
 
 import numpy as np
+import ray
 import torch
 
+from feature_store.chunks import Chunk
 from feature_store.commit import read_commit
 from feature_store.config import ExtractConfig
-from feature_store.decode import DecodeError, SecondsReader
+from feature_store.decode import DecodeError
+from feature_store.decode_pool import DecodePool, DecoderLostError, NoDecoderError
 from feature_store.encode import clip_encoder, features_from_file
 from feature_store.layout import open_store
-from feature_store.notes import Note, Notes, Tally
 from feature_store.plan import PlannedVideo, ShardTask
 from feature_store.records import VideoRecord
 from feature_store.s3d import S3D
+from feature_store.shared_encoder import SharedEncoder
+from feature_store.spool import Spool
 from feature_store.storage import Root
+from feature_store.tally import Sign, Tally, tally_of
 from feature_store.writer import ShardAttempt, shard_done
 from vlm_dist.errors import ExtractionError
 
-ATTEMPTS = 2  # a video that was in work when this many workers died is given up
+ATTEMPTS = 5  # a video at which this many decoders died is given up; a stray kill must not cost a video
+_SIGN_S = 3.0  # between signs of life
 
-
-class Blame(NamedTuple):
-    """A video that was in work when a worker died: how often, and the reason to record once it is given up."""
-
-    deaths: int
-    reason: str
-    message: str
-
-
-_NO_BLAME = Blame(0, "", "")
+_Outcome = tuple[VideoRecord, np.ndarray | None]
 
 
 class _NoRoom(Exception):
     """A video does not fit into what is left of its shard."""
 
 
-class ShardWorker:
-    """Holds the encoder and extracts one shard after another."""
+class _Stopped(Exception):
+    """The shard's attempt is over, for another reason than this video."""
 
-    def __init__(self, root: Root, cfg: ExtractConfig, weights: Mapping[str, np.ndarray], threads: int) -> None:
+
+class ShardWorker:
+    """Holds the encoder and extracts one shard after another.
+
+    Args:
+        root: The store.
+        cfg: Decoding, layer, precision, batch.
+        weights: S3D's, as arrays.
+        threads: Cores of the network.
+        decoders: Processes that decode; 0 decodes in this one.
+        chunk_seconds: Seconds of video that pass from a decoder to the encoder at a time; 0: `cfg.batch_seconds`.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        cfg: ExtractConfig,
+        weights: Mapping[str, np.ndarray],
+        threads: int,
+        decoders: int = 0,
+        chunk_seconds: int = 0,
+    ) -> None:
         torch.set_num_threads(threads)
+        # Chunks of another process are views of Ray's shared memory, and nothing here writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         self.meta = open_store(root)
-        self.notes = Notes(root)
         self.cfg = cfg
         model = S3D()
         model.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
         self.encoder = clip_encoder(model, cfg, "cuda" if cfg.gpus_per_worker > 0 else "cpu")
-        self._warm_up()
+        self._shared = SharedEncoder(self.encoder, cfg.batch_seconds, cfg.deterministic)
+        self._pool = DecodePool(decoders, cfg.decode, chunk_seconds or cfg.batch_seconds) if decoders else None
+        self._spool = Spool(self.meta)
 
     @torch.inference_mode()
-    def _warm_up(self) -> None:
-        # An encoder that does not run here must stop the work, instead of failing every video on its own.
+    def ready(self) -> str:
+        """Encode a black picture: an encoder that does not run here must stop the work, not fail every video.
+
+        Returns:
+            The Ray node that it runs on ("" without Ray).
+
+        Raises:
+            ExtractionError: it gives no finite numbers.
+        """
         size, fps = self.cfg.decode.size, self.cfg.decode.fps
         out = self.encoder(torch.zeros(1, fps, size, size, 3, dtype=torch.uint8, device=self.encoder.device))
         if not out.isfinite().all():
             raise ExtractionError(
                 "the encoder gives no finite numbers even for a black picture: its weights are damaged"
             )
+        return ray.get_runtime_context().get_node_id() if self._pool else ""
 
-    def extract(self, task: ShardTask, blames: Mapping[str, Blame]) -> Tally:
+    def extract(self, task: ShardTask) -> Iterator[Sign]:
         """Extract and commit one shard; of a shard that is committed already, only the tally.
 
         Args:
             task: The shard's videos.
-            blames: Videos that took workers down before.
+
+        Yields:
+            Signs of life, every few seconds; the last one once the shard is committed.
 
         Raises:
             StoreError: the disk is full, or the store is damaged.
         """
+        self._shared.start_clock()
         if shard_done(self.meta.root, task.shard):  # by a worker that died, or was thought dead, before it could tell
-            return self._committed(task.shard)
-        tally = Tally()
+            yield self._sign(self._committed(task.shard))
+            return
         with ShardAttempt(self.meta.root, task.shard) as attempt:
-            for video in task.videos:
-                blame = blames.get(video.video_id, _NO_BLAME)
-                if blame.deaths >= ATTEMPTS:
-                    record, features = _given_up(video, blame), None
-                else:
-                    note = Note(video.video_id, tally)
-                    self.notes.write(task.shard, note)
-                    alive = partial(self.notes.beat, task.shard, note)
-                    record, features = self._one(video, blame.deaths, attempt.room(), alive)
-                tally = tally.plus_record(attempt.add(record, features))
-            self.notes.write(task.shard, Note("", tally))
+            rows = _InOrder(attempt)
+            yield from self._videos(task, rows)
             won = attempt.commit()
-        self.notes.clear(task.shard)
-        return tally if won else self._committed(task.shard)
+        self._spool.drop(video for video in task.videos if video.video_id in rows.staged)
+        yield self._sign(rows.tally if won else self._committed(task.shard))
+
+    def _sign(self, tally: Tally) -> Sign:
+        return Sign(tally, self._shared.waiting_s, self._shared.working_s)
 
     def _committed(self, shard: int) -> Tally:
-        tally = Tally()
-        for record in read_commit(self.meta, shard).videos:
-            tally = tally.plus_record(record)
-        return tally
+        return tally_of(read_commit(self.meta, shard).videos)
 
-    def _one(
-        self, video: PlannedVideo, deaths: int, room: int, alive: Callable[[], None]
-    ) -> tuple[VideoRecord, np.ndarray | None]:
-        """A video's record and rows; what does not fit into `room` rows is not encoded to its end."""
-        known: dict[str, object] = {"video_id": video.video_id, "path": video.path, "attempts": deaths + 1}
-        empty = room == self.meta.rows_per_shard
+    def _videos(self, task: ShardTask, rows: "_InOrder") -> Iterator[Sign]:
+        """Every video of the shard, some at a time; the first error that is not a video's own ends it."""
+        at_once = self._pool.size if self._pool else 1
+        signed = time.monotonic()
+        with ThreadPoolExecutor(at_once, thread_name_prefix="video") as threads:
+            working = {threads.submit(self._video, k, video, rows) for k, video in enumerate(task.videos)}
+            try:
+                while working:
+                    done, working = wait(working, timeout=_SIGN_S, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                    if time.monotonic() - signed >= _SIGN_S:
+                        signed = time.monotonic()
+                        yield self._sign(rows.tally)
+            finally:
+                rows.stopped.set()
+                threads.shutdown(wait=False, cancel_futures=True)
 
-        def look(reader: SecondsReader) -> None:
-            alive()
-            # A claim may be wrong: it can put a video off until it is the first of a shard, where the truth counts.
-            if math.ceil(reader.decoded_s if empty else max(reader.decoded_s, reader.claimed_s)) > room:
-                known.update(decoded_s=reader.decoded_s, claimed_s=reader.claimed_s)
+    def _video(self, place: int, video: PlannedVideo, rows: "_InOrder") -> None:
+        outcome: _Outcome | None = self._spool.get(video)
+        if outcome is None:
+            outcome = record, features = self._tried(place, video, rows)
+            if features is not None:
+                self._spool.put(video, record, features)
+        rows.put(place, *outcome)
+
+    def _tried(self, place: int, video: PlannedVideo, rows: "_InOrder") -> _Outcome:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self._one(place, video, attempt, rows)
+            except DecoderLostError:
+                continue
+        known = {"video_id": video.video_id, "path": video.path, "attempts": ATTEMPTS}
+        return _failed(known, "decoder_crash", f"{video.path}: its decoder died {ATTEMPTS} times")
+
+    def _one(self, place: int, video: PlannedVideo, attempt: int, rows: "_InOrder") -> _Outcome:
+        """A video's record and rows; what does not fit into what is left of its shard is not encoded to its end."""
+        known: dict[str, Any] = {"video_id": video.video_id, "path": video.path, "attempts": attempt}
+
+        def look(chunk: Chunk) -> None:
+            if rows.stopped.is_set():
+                raise _Stopped
+            known.update(decoded_s=chunk.decoded_s, claimed_s=chunk.claimed_s)
+            if not rows.may_fit(chunk.decoded_s, chunk.claimed_s):
                 raise _NoRoom
 
         try:
-            got = features_from_file(video.path, self.encoder, self.cfg, look)
+            got = features_from_file(video.path, self._shared, self.cfg, look, self._pool and self._pool.read)
         except _NoRoom:
-            if empty:
-                return _failed(known, "too_long", f"{video.path}: a shard of this store holds {room} seconds"), None
+            if math.ceil(known["decoded_s"]) > (most := self.meta.rows_per_shard):
+                return _failed(known, "too_long", f"{video.path}: a shard of this store holds {most} seconds")
             return VideoRecord.model_validate({**known, "status": "overflow"}), None
         except DecodeError as error:
             known |= {"decoded_s": error.decoded_s, "claimed_s": error.claimed_s}
-            return _failed(known, error.reason, str(error)), None
+            return _failed(known, error.reason, str(error))
+        except NoDecoderError:
+            raise
         except ExtractionError as error:
-            return _failed(known, error.reason, str(error)), None
+            return _failed(known, error.reason, str(error))
         known |= {"decoded_s": got.decoded_s, "claimed_s": got.claimed_s, "seconds": got.seconds}
         return VideoRecord.model_validate(known), got.features
 
 
-def _failed(known: Mapping[str, object], reason: str, message: str) -> VideoRecord:
-    return VideoRecord.model_validate({**known, "status": "failed", "reason": reason, "message": message})
+class _InOrder:
+    """Stages videos in the plan's order, whichever is finished first, so that a shard's rows do not depend on timing.
+
+    Attributes:
+        tally: What became of the staged videos.
+        staged: Ids of those that got rows.
+        stopped: Set when the attempt is over.
+    """
+
+    def __init__(self, attempt: ShardAttempt) -> None:
+        self.tally = Tally()
+        self.staged: set[str] = set()
+        self.stopped = threading.Event()
+        self._attempt, self._most = attempt, attempt.room()
+        self._lock = threading.Lock()
+        self._finished: dict[int, _Outcome] = {}
+        self._next = 0
+
+    def may_fit(self, decoded_s: float, claimed_s: float) -> bool:
+        """False once it is certain that a video of which so much is decoded will find no room at its turn."""
+        with self._lock:
+            room = self._attempt.room()
+        # A claim may be wrong: it can put a video off until it is the first of a shard, where the truth counts.
+        return math.ceil(decoded_s if room == self._most else max(decoded_s, claimed_s)) <= room
+
+    def put(self, place: int, record: VideoRecord, features: np.ndarray | None) -> None:
+        """Take the outcome of the shard's video number `place`; raises StoreError where it cannot be written."""
+        with self._lock:
+            self._finished[place] = record, features
+            while (outcome := self._finished.get(self._next)) is not None:
+                self._stage(*outcome)
+                del self._finished[self._next]
+                self._next += 1
+
+    def _stage(self, record: VideoRecord, features: np.ndarray | None) -> None:
+        room = self._attempt.room()
+        if features is not None and room < self._most and math.ceil(record.claimed_s) > room:
+            # As `may_fit` would have said, had it been asked at this video's turn.
+            record, features = record.model_copy(update={"status": "overflow"}), None
+        added = self._attempt.add(record, features)
+        self.tally = self.tally.plus_record(added)
+        if added.status == "ok":
+            self.staged.add(added.video_id)
 
 
-def _given_up(video: PlannedVideo, blame: Blame) -> VideoRecord:
-    known = {"video_id": video.video_id, "path": video.path, "attempts": blame.deaths}
-    return _failed(known, blame.reason, f"{video.path}: {blame.message}")
+def _failed(known: Mapping[str, Any], reason: str, message: str) -> _Outcome:
+    return VideoRecord.model_validate({**known, "status": "failed", "reason": reason, "message": message}), None

@@ -21,7 +21,6 @@ from feature_store.import_arrays import ImportState, import_arrays
 from feature_store.import_sources import ArraySources
 from feature_store.layout import StoreMeta, create_store, open_store
 from feature_store.marks import name_split
-from feature_store.notes import Note, Notes, Tally, note_key
 from feature_store.prune import prune_store
 from feature_store.snapshot import finalise
 from feature_store.storage import open_storage
@@ -75,23 +74,22 @@ def test_a_writer_that_came_while_the_store_was_looked_at(meta: StoreMeta, monke
             verify_store(meta.root, repair=True)
 
 
-def test_workers_of_an_extraction(meta: StoreMeta) -> None:
-    Notes(meta.root).write(7, Note("some video", Tally()))
-    with pytest.raises(StoreError, match="the extraction of shard 7 gave a sign of life 0 s ago"):
+def test_what_a_note_says_and_how_old_it_is(meta: StoreMeta) -> None:
+    key = f"{SCRATCH}/writer.{'7' * 32}.json"
+    note = json.dumps({"who": "extract (process 7 on a node)"}).encode()
+    meta.storage.replace(key, note)
+    with pytest.raises(StoreError, match=r"extract \(process 7 on a node\) gave a sign of life 0 s ago"):
         verify_store(meta.root, repair=True)
     report = verify_store(meta.root, repair=True, writers_gone=True)
-    assert report.repaired == ["removed unfinished note-000007.json", *report.repaired[1:]]
-    # The place's clock counts, not the writer's, which may go wrong by hours.
-    meta.storage.replace(note_key(8), json.dumps(["a video", Tally(), time.time() - 9000]).encode())
-    with pytest.raises(StoreError, match="the extraction of shard 8"):
-        verify_store(meta.root, repair=True)
-    meta.storage.replace(note_key(8), json.dumps(["a video", Tally(), time.time() + 9000]).encode())
-    if (path := meta.storage.local(note_key(8))) is not None:
+    assert report.repaired == [f"removed unfinished writer.{'7' * 32}.json", *report.repaired[1:]]
+    # The place's clock counts.
+    meta.storage.replace(key, note)
+    if (path := meta.storage.local(key)) is not None:
         os.utime(path, (time.time() - 61,) * 2)
-        assert "removed unfinished note-000008.json" in verify_store(meta.root, repair=True).repaired
-    meta.storage.remove(note_key(8))
+        assert f"removed unfinished writer.{'7' * 32}.json" in verify_store(meta.root, repair=True).repaired
+    meta.storage.remove(key)
     for damaged in (b"", b"[1]", b"\xff"):
-        meta.storage.replace(note_key(9), damaged)
+        meta.storage.replace(key, damaged)
         require_no_writers(meta)
 
 

@@ -1,0 +1,44 @@
+"""Videos → chunks: some seconds of frames at a time, as they pass from decoding to the encoder (frames → features)."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from feature_store.config import DecodeConfig
+from feature_store.decode import SecondsReader
+
+
+class Chunk(NamedTuple):
+    """The next seconds of a video, and how far decoding has come."""
+
+    frames: np.ndarray
+    """uint8 (n, fps, size, size, 3): n whole seconds, the video's last one padded with black frames."""
+    decoded_s: float
+    claimed_s: float
+
+
+ReadChunks = Callable[[str], Iterator[Chunk]]
+"""A path → the chunks of its video: `read_chunks` in this process, `DecodePool.read` in another."""
+
+
+def read_chunks(path: str, cfg: DecodeConfig, seconds: int) -> Iterator[Chunk]:
+    """Decode a video, `seconds` at a time; holds one chunk and one second.
+
+    Raises:
+        DecodeError: see `SecondsReader`; what came before it is of no use.
+    """
+    reader = SecondsReader(path, cfg)
+    frames, count = _empty(cfg, seconds), 0
+    for second in reader:
+        frames[count] = second
+        count += 1
+        if count == seconds:
+            yield Chunk(frames, reader.decoded_s, reader.claimed_s)
+            frames, count = _empty(cfg, seconds), 0  # whoever has the last chunk may still be at it
+    if count:
+        yield Chunk(frames[:count], reader.decoded_s, reader.claimed_s)
+
+
+def _empty(cfg: DecodeConfig, seconds: int) -> np.ndarray:
+    return np.empty((seconds, cfg.fps, cfg.size, cfg.size, 3), np.uint8)
