@@ -17,7 +17,7 @@ from feature_store.plan import PlannedVideo
 from feature_store.records import Provenance
 from feature_store.s3d import FEATURE_DIM, S3D
 from feature_store.storage import Root, fetched
-from feature_store.weights import NO_WEIGHTS, file_sha256, load_s3d, random_s3d
+from feature_store.weights import NO_RANDOM_LAYER, NO_WEIGHTS, file_sha256, load_s3d, random_s3d
 from vlm_dist.errors import ConfigError, StoreError
 
 _IGNORED_ROTATION = "rotation ignored"
@@ -66,7 +66,7 @@ def prepare_encoder(
         create_store(store, provenance, rows_per_shard)
         return Encoder(model, provenance)
     if cfg.layer == "mixed_5c":
-        raise ConfigError("random weights are made for video_embedding: mixed_5c of them is alike for all videos")
+        raise ConfigError(NO_RANDOM_LAYER)
     if meta and meta.provenance.random_seed == random_seed and meta.storage.size(kept_weights(meta)):
         with fetched(meta.storage, kept_weights(meta)) as path:
             model, sha256 = load_s3d(path)

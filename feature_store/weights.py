@@ -15,6 +15,7 @@ from feature_store.s3d import S3D
 from feature_store.s3d_fused import FusedS3D
 from vlm_dist.errors import ExtractionError
 
+NO_RANDOM_LAYER = "random weights are made for video_embedding: mixed_5c of them is alike for all videos"
 NO_WEIGHTS = (
     "no S3D weights: give --weights s3d_howto100m.pth, the file of the GitHub project antoine77340/S3D_HowTo100M"
     " (its original hosts are dead since 2024; issue 14 there points at a copy). To try everything without it, give"

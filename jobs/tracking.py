@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -72,6 +72,12 @@ class Tracker:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         self.artifact(path, folder=str(Path(name).parent) if Path(name).parent.name else "")
+
+    def picture(self, draw: Callable[[Path], None], name: str) -> None:
+        """Queue the artifact `name` that `draw` writes into a file now."""
+        path = Path(self._scratch.name) / name
+        draw(path)
+        self.artifact(path)
 
     def dataset(self, name: str, fingerprint: str, context: str = "training") -> None:
         """Queue the data set that this run read: a store's folder and fingerprint."""

@@ -1,6 +1,9 @@
 """Videos and captions -> the workspace's store, as a tracked run on Ray: what `extract` and the demo do."""
 
+import csv
+import io
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from feature_store.records import VideoRecord
 
 LOG_EVERY_S = 10.0  # between points of a throughput curve: extraction runs for days
+SETTLED_S = 10.0  # before that, waiting is the first videos' opening
 
 
 def extract_to_store(
@@ -29,6 +33,7 @@ def extract_to_store(
     from feature_store.info import failures, store_info
     from feature_store.layout import store_exists
     from feature_store.manifest import list_inputs
+    from feature_store.plots import plot_decoded
 
     settings = context.settings
     videos = list_inputs(paths)
@@ -53,6 +58,8 @@ def extract_to_store(
             def show(state: "ExtractProgress") -> None:
                 nonlocal logged
                 note = f"{state.videos_per_s:.2g} videos/s, {state.video_seconds_per_s:.1f} s of video/s"
+                if state.elapsed_s > SETTLED_S:
+                    note += f", encoders wait for decoding {state.waiting:.0%}"
                 failed = f", {state.tally.failed} failed" if state.tally.failed else ""
                 bar.update(state.done, note + failed, total=state.videos)
                 if time.monotonic() - logged < LOG_EVERY_S and state.done < state.videos:
@@ -64,6 +71,9 @@ def extract_to_store(
                         "extract/failed": state.tally.failed,
                         "extract/videos_per_s": state.videos_per_s,
                         "extract/video_seconds_per_s": state.video_seconds_per_s,
+                        "extract/waiting_on_decode": state.waiting,
+                        "extract/shards": state.shards_done,
+                        "extract/worker_deaths": state.worker_deaths,
                     },
                     step=state.done,
                 )
@@ -84,6 +94,8 @@ def extract_to_store(
         broken = failures(context.store)
         tracker.tags({"vlm_dist.store_fingerprint": info["fingerprint"], "vlm_dist.store": context.store})
         tracker.text("\n".join(record.model_dump_json() for record in broken), "failures.jsonl")
+        tracker.text(_failure_table(broken), "failures.csv")
+        tracker.picture(partial(plot_decoded, context.store), "decoded.png")
         listed = _of_listed(broken, videos)
         _print_summary(summary, listed, time.monotonic() - started)
         print_captions(report)
@@ -133,6 +145,16 @@ def _of_listed(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> lis
     inputs = {(clean_text(video.video_id), clean_text(video.path)) for video in videos}
     ids = {video_id for video_id, _ in inputs}
     return [r for r in broken if ((r.video_id, r.path) in inputs if r.reason == "duplicate" else r.video_id in ids)]
+
+
+def _failure_table(broken: list["VideoRecord"]) -> str:
+    """The failed videos as CSV, which MLflow's page shows as a table."""
+    columns = ("video_id", "reason", "message", "decoded_s", "claimed_s", "attempts", "path")
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(columns)
+    table.writerows([getattr(record, column) for column in columns] for record in broken)
+    return text.getvalue()
 
 
 def weights_file(context: Context, random_seed: int | None) -> Path | None:
