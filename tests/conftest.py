@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _MEMORY = Path("/dev/shm")
 if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 8 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
+
+# What extraction keeps on a node for its next attempt: not in the home of whoever runs the tests.
+_CACHE = tempfile.TemporaryDirectory(prefix="vlm-dist-tests-")
+os.environ.setdefault("FEATURE_STORE_CACHE", _CACHE.name)
 
 pytest_plugins = ["tests.feature_store.video_files", "tests.feature_store.buckets"]
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,20 +2,29 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from feature_store.commit import read_commit
 from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.encoder import prepare_encoder
-from feature_store.extract_worker import ShardWorker
+from feature_store.extract_worker import ShardWorker, _InOrder
+from feature_store.layout import create_store
 from feature_store.manifest import list_inputs
 from feature_store.plan import PlannedVideo, ShardTask
+from feature_store.reader import FeatureReader
+from feature_store.records import VideoRecord
 from feature_store.s3d import S3D
+from feature_store.snapshot import finalise
 from feature_store.tally import Tally
+from feature_store.writer import ShardAttempt
+from tests.feature_store.store_tools import provenance
 from tests.feature_store.timed_videos import write_frames
-from vlm_dist.errors import ExtractionError
+from vlm_dist.errors import ExtractionError, StoreError
 
 TINY = ExtractConfig(decode=DecodeConfig(fps=2, size=32), batch_seconds=8)
 ROWS = 256  # of a shard
@@ -64,6 +73,74 @@ def test_what_turns_out_not_to_fit_is_not_encoded_to_its_end(tmp_path: Path, vid
     assert sum(encoded) <= ROWS
     (refused,) = read_commit(worker.meta, 1).videos
     assert (refused.status, refused.reason, refused.decoded_s > ROWS) == ("failed", "too_long", True)
+
+
+@given(
+    rows=st.lists(st.one_of(st.none(), st.integers(1, 120)), min_size=1, max_size=12),
+    claims=st.lists(st.integers(0, 300), min_size=12, max_size=12),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_do_not_depend_on_who_is_finished_first(
+    rows: list[int | None], claims: list[int], data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(len(rows))))
+    outcomes = []
+    for place, (count, claim) in enumerate(zip(rows, claims, strict=False)):
+        record = VideoRecord(video_id=f"v{place}", status="ok" if count else "failed", claimed_s=claim)
+        outcomes.append((record, np.ones((count, 512), np.float16) if count else None))
+    found = []
+    for places in (range(len(rows)), order):
+        with TemporaryDirectory() as folder:
+            create_store(Path(folder) / "s", provenance().model_copy(update={"feature_dim": 512}), ROWS)
+            with ShardAttempt(Path(folder) / "s", 0) as attempt:
+                shard = _InOrder(attempt)
+                for place in places:
+                    shard.put(place, *outcomes[place])
+                assert shard.staged == {r.video_id for r in attempt._records.values() if r.status == "ok"}
+                found.append((list(attempt._records.values()), shard.tally))
+    assert found[0] == found[1]
+    assert [record.video_id for record in found[0][0]] == [f"v{place}" for place in range(len(rows))]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_several_videos_at_once_give_the_same_shard(
+    tmp_path: Path, videos: list[PlannedVideo], broken_videos: dict[str, Path]
+) -> None:
+    broken = [PlannedVideo(reason, str(path)) for reason, path in broken_videos.items()]
+    task = ShardTask(0, (videos[0], *broken, videos[1], videos[2]))
+    alone, _ = make_worker(tmp_path / "alone", videos)
+    encoder = prepare_encoder(tmp_path / "several", videos, TINY, random_seed=0, rows_per_shard=ROWS)
+    several = ShardWorker(tmp_path / "several", TINY, encoder.state(), 1, decoders=3, chunk_seconds=3)
+    expected = Tally(1, 150, {**dict.fromkeys(broken_videos, 1), "overflow": 2})
+    assert told(alone, task) == told(several, task) == expected
+    one, other = (read_commit(worker.meta, 0).videos for worker in (alone, several))
+    for left, right in zip(one, other, strict=True):
+        # The time it took, and how far a video was decoded until it was seen that it does not fit.
+        unlike = {"seconds", "decoded_s"} if left.status == "overflow" else {"seconds", "crc32c"}
+        assert left.model_dump(exclude=unlike) == right.model_dump(exclude=unlike)
+    for worker in (alone, several):
+        finalise(worker.meta.root)
+    rows, also = (FeatureReader(worker.meta.root).read(0).astype(np.float32) for worker in (alone, several))
+    assert np.abs(rows - also).max() <= 2**-11
+
+
+def test_what_was_finished_is_taken_from_the_spool(
+    tmp_path: Path, videos: list[PlannedVideo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, encoded = make_worker(tmp_path / "store", videos)
+
+    def full(attempt: ShardAttempt) -> bool:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(ShardAttempt, "commit", full)
+    with pytest.raises(StoreError, match="full"):
+        told(worker, ShardTask(0, (videos[0],)))
+    monkeypatch.undo()
+    assert sum(encoded) == 150
+    assert told(worker, ShardTask(0, (videos[0],))) == Tally(1, 150)
+    assert sum(encoded) == 150, "not a second of it was encoded again"
+    assert not list(worker._spool._folder.iterdir())
 
 
 def test_a_committed_shard_is_told_and_not_made_again(tmp_path: Path, videos: list[PlannedVideo]) -> None:

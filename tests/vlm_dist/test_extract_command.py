@@ -4,10 +4,13 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from mlflow.tracking import MlflowClient
 
 from cluster.config import ClusterConfig
 from cluster.mlflow_server import tracking_server
+from feature_store.reader import FeatureReader
 from vlm_dist.cli.app import main
 
 SETTINGS = """
@@ -119,3 +122,56 @@ def test_npy_refuses_what_it_would_ignore_or_overwrite(
     assert extract(folder, *words) == 2
     assert f"{tmp_path / 'good.npy'} is there already" in capsys.readouterr().err
     assert (tmp_path / "good.npy").read_bytes() == written
+
+
+def test_one_video_needs_no_workspace(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ("--set", "extract.decode.size=64", "--set", "extract.decode.fps=16", "--random-weights", "0")
+    monkeypatch.setattr("cluster.ray_local.ray_session", lambda cluster: pytest.fail("Ray was asked for"))
+    monkeypatch.setattr("jobs.tracking.tracked_run", lambda *a, **b: pytest.fail("a run was opened"))
+    video = str(folder / "videos" / "good.mp4")
+    assert main(["extract", video, *small]) == 0
+    said = capsys.readouterr().out
+    assert "2 tokens of width 512 (mean length 1.000) in " in said
+    assert f"-> {tmp_path / 'store'}, video 'good'\n" in said
+    assert main(["extract", video, *small, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["rows"], result["width"], result["nothing_to_do"]) == (2, 512, True)
+    assert main(["extract", str(folder / "broken.mp4"), *small]) == 1
+    assert f"error: {folder / 'broken.mp4'}: no known video format" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+
+    assert main(["extract", video, *small, "--npy", "--set", "extract.normalise=false"]) == 0
+    stored = FeatureReader(tmp_path / "store").read(0).astype(np.float32)
+    written = np.load(tmp_path / "good.npy").astype(np.float32)
+    written /= np.linalg.norm(written, axis=1, keepdims=True)
+    assert np.abs(stored - written).max() < 2e-3
+
+
+def test_the_layer_is_an_option(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ("--set", "extract.decode.size=64", "--set", "extract.decode.fps=16")
+    video = str(folder / "videos" / "good.mp4")
+    assert main(["extract", video, *small, "--random-weights", "0"]) == 0
+    kept = next((tmp_path / "store" / "_extractor").iterdir())
+    assert main(["extract", video, *small, "--weights", str(kept), "--layer", "mixed_5c", "--npy"]) == 0
+    assert np.load("good.npy").shape == (2, 1024)
+    assert main(["extract", video, *small, "--weights", str(kept), "--layer", "fc", "--npy"]) == 2
+
+
+def test_the_run_shows_what_decoded_and_what_failed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--random-weights", "0", "--store", str(folder / "shown"), "--json")
+    assert extract(folder, str(folder / "videos"), str(folder / "broken.mp4"), *words) == 0
+    run = json.loads(capsys.readouterr().out)["run"]
+    with tracking_server(ClusterConfig(), folder) as uri:
+        client = MlflowClient(uri)
+        names = {artifact.path for artifact in client.list_artifacts(run)}
+        assert {"failures.csv", "failures.jsonl", "decoded.png"} <= names
+        table = Path(client.download_artifacts(run, "failures.csv", str(folder))).read_text().splitlines()
+        metrics = client.get_run(run).data.metrics
+    assert table[0].startswith("video_id,reason,message")
+    assert [line.split(",")[:2] for line in table[1:]] == [["broken", "not_a_video"], ["good", "duplicate"]]
+    assert 0 <= metrics["extract/waiting_on_decode"] <= 1
+    assert metrics["extract/videos"] == 2

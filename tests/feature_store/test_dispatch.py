@@ -1,0 +1,158 @@
+"""feature_store.dispatch on a real Ray: who is given what when workers are slow, silent, dead, or come later."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from feature_store import dispatch
+from feature_store.dispatch import Dispatch
+from feature_store.plan import PlannedVideo, ShardTask
+from feature_store.tally import Sign, Tally
+from vlm_dist.errors import ExtractionError, StoreError
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+class Worker:
+    """Behaves as the files in a folder say: `SHARD.first` is what the first worker at that shard does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def ready(self) -> str:
+        if (self.folder / "no-worker-starts").exists():
+            os._exit(1)
+        return ray.get_runtime_context().get_node_id()
+
+    def extract(self, task: ShardTask) -> Iterator[Sign]:
+        (self.folder / f"{task.shard}.{os.getpid()}.ran").touch()
+        yield Sign(Tally(), 0.0, 0.0)
+        order = self.folder / f"{task.shard}.first"
+        first = order.read_text() if order.exists() else ""
+        if first:
+            order.unlink()
+        if first == "sleep":
+            time.sleep(600)
+        elif first == "die":
+            os._exit(1)
+        elif first == "store error":
+            raise StoreError("the store is damaged")
+        elif first == "broken GPU":
+            raise RuntimeError("the GPU is lost")
+        elif first == "say one and die":
+            yield Sign(Tally(1, 5), 1.0, 2.0)
+            time.sleep(1)
+            os._exit(1)
+        elif (self.folder / "always-die").exists():
+            os._exit(1)
+        time.sleep(0.05)
+        yield Sign(Tally(len(task.videos), 10, {"corrupt": 1}), 1.0, 2.0)
+
+
+class Case:
+    """A dispatch over such workers; `room` may change while it runs."""
+
+    def __init__(self, folder: Path, room: int) -> None:
+        self.folder, self.room = folder, room
+        self.polls: list[tuple[int, Sign]] = []
+        actor: Any = ray.remote(num_cpus=0)(Worker)
+        self.dispatch = Dispatch(lambda: actor.remote(folder), lambda: self.room, self.look)
+
+    def look(self, it: Dispatch) -> None:
+        self.polls.append((len(it._pool), it.so_far))
+
+    def run(self, shards: int, first: dict[int, str] | None = None) -> None:
+        for shard, what in (first or {}).items():
+            (self.folder / f"{shard}.first").write_text(what)
+        videos = (PlannedVideo("a", "a.mp4"), PlannedVideo("b", "b.mp4"))
+        try:
+            self.dispatch.run([ShardTask(shard, videos) for shard in range(shards)])
+        finally:
+            self.dispatch.close()
+
+    @property
+    def runs(self) -> Counter[int]:
+        return Counter(int(path.name.split(".")[0]) for path in self.folder.glob("*.ran"))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Case:
+    return Case(tmp_path, room=2)
+
+
+def test_every_task_once(two: Case) -> None:
+    two.run(9)
+    assert two.runs == Counter(range(9))
+    it = two.dispatch
+    assert (it.shards, it.shards_done, it.videos, it.deaths, it.most_workers) == (9, 9, 18, 0, 2)
+    assert it.so_far == Sign(Tally(18, 90, {"corrupt": 9}), 9.0, 18.0)
+    assert max(size for size, _ in two.polls) == 2
+    done = [sign.tally.ok for _, sign in two.polls]
+    assert done == sorted(done)
+
+
+def test_what_takes_far_longer_than_the_rest_is_given_out_again(two: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_SLOW_S", 1.0)
+    two.run(6, {0: "sleep"})
+    assert two.runs == Counter([0, *range(6)])
+    assert (two.dispatch.shards_done, two.dispatch.so_far.tally.ok) == (6, 12), "the shard of two counts once"
+    assert two.dispatch.deaths == 0
+
+
+def test_who_gives_no_sign_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_SILENCE_S", 1.0)
+    one = Case(tmp_path, room=1)
+    one.run(3, {1: "sleep"})
+    assert one.runs == Counter([0, 1, 1, 2])
+    assert one.dispatch.deaths == 1
+
+
+@pytest.mark.parametrize("what", ["die", "broken GPU", "say one and die"])
+def test_a_lost_worker_is_replaced(two: Case, what: str) -> None:
+    two.run(4, {0: what, 3: what})
+    assert two.runs == Counter([0, 0, 1, 2, 3, 3])
+    assert two.dispatch.deaths == 2
+    assert two.dispatch.so_far.tally == Tally(8, 40, {"corrupt": 4}), "what the dead had done counts once"
+
+
+def test_the_stores_own_trouble_ends_the_work(two: Case) -> None:
+    with pytest.raises(StoreError, match="the store is damaged"):
+        two.run(4, {1: "store error"})
+    assert not two.dispatch._pool
+
+
+def test_a_shard_at_which_every_worker_dies_ends_the_work(two: Case) -> None:
+    (two.folder / "always-die").touch()
+    with pytest.raises(ExtractionError, match=r"shard \d: its worker died 3 times outside of any video"):
+        two.run(4)
+
+
+def test_workers_that_never_start_end_the_work(two: Case) -> None:
+    (two.folder / "no-worker-starts").touch()
+    with pytest.raises(ExtractionError, match="workers died 3 times outside of any video"):
+        two.run(4)
+    assert not two.runs
+
+
+def test_workers_come_with_the_room_and_go_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_LOOK_S", 0.2)
+    case = Case(tmp_path, room=1)
+    look = case.dispatch.on_poll
+
+    def grow(it: Dispatch) -> None:
+        look(it)
+        case.room = 3 if it.shards_done >= 2 else 1
+
+    case.dispatch.on_poll = grow
+    case.run(60, {59: "say one and die"})
+    sizes = [size for size, _ in case.polls]
+    assert sizes[0] == 1
+    assert max(sizes) == 3
+    assert sizes[-1] <= 2, "those that nothing is left for are ended"
+    assert case.dispatch.most_workers == 3
