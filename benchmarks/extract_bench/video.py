@@ -11,6 +11,7 @@ FPS, WIDTH, HEIGHT = 30, 320, 240
 def render(path: Path, seconds: int, seed: int) -> Path:
     """A textured ground that drifts, with a square that moves over it; about as many bits as a web video has."""
     rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
     coarse = rng.integers(0, 256, (HEIGHT // 8 + 8, WIDTH // 8 + 8, 3)).astype(np.uint8)
     ground = np.kron(coarse, np.ones((8, 8, 1), np.uint8))
     with av.open(str(path), "w") as container:
