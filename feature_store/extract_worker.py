@@ -159,7 +159,7 @@ class ShardWorker:
             try:
                 return self._one(place, video, attempt, rows)
             except DecoderLostError:
-                continue
+                rows.stopped.wait(attempt)  # the node may be short of memory for a moment
         known = {"video_id": video.video_id, "path": video.path, "attempts": ATTEMPTS}
         return _failed(known, "decoder_crash", f"{video.path}: its decoder died {ATTEMPTS} times")
 

@@ -1,8 +1,12 @@
 """feature_store.encode: one function from a file to tokens."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -108,3 +112,54 @@ def test_odd_numbers_of_frames_and_pixels_are_refused(key: str, value: int) -> N
     for even in (2, 6, 34):
         cfg = DecodeConfig(fps=even, size=30 + even)
         assert S3D()(torch.rand(1, 3, cfg.fps, cfg.size, cfg.size)).shape == (1, 512)
+
+
+THREE_HOURS = """
+import resource, sys, torch
+from feature_store.config import DecodeConfig, ExtractConfig
+from feature_store.encode import features_from_file
+
+class Counter:
+    device = torch.device("cpu")
+    def __call__(self, clips):
+        return clips.float().mean((1, 2, 3)) + 1
+
+cfg = ExtractConfig(decode=DecodeConfig(fps=2, size=224))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+features_from_file(sys.argv[1], Counter(), cfg)
+before = peak()
+got = features_from_file(sys.argv[2], Counter(), cfg)
+print(len(got.features), got.decoded_s, peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_three_hours_of_1080p_take_the_memory_of_seconds(tmp_path: Path) -> None:
+    """All frames would be 3.2 GB; what a short video of that resolution took before is not taken again."""
+    for name, rounds in (("short", 1), ("long", 180)):
+        write_rounds(tmp_path / f"{name}.mp4", rounds)
+    command = [sys.executable, "-c", THREE_HOURS, str(tmp_path / "short.mp4"), str(tmp_path / "long.mp4")]
+    rows, decoded_s, more = map(float, subprocess.run(command, check=True, capture_output=True).stdout.split())
+    assert (rows, decoded_s) == (10_800, 10_800)
+    assert more < 50, f"{more:.0f} MB more than a minute needs"
+
+
+def write_rounds(path: Path, rounds: int) -> None:
+    """A minute of 1080p, a picture every two seconds, encoded once and muxed so many times."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(1, 2), options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = 1920, 1080, "yuv420p", Fraction(1, 2)
+        packets = []
+        for number in range(30):
+            picture = np.kron(rng.integers(0, 256, (27, 48, 3)).astype(np.uint8), np.ones((40, 40, 1), np.uint8))
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts, frame.time_base = 4 * number, Fraction(1, 2)
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        start, first = packets[0].pts, [(packet.pts, packet.dts) for packet in packets]
+        for round_ in range(rounds):
+            for packet, (pts, dts) in zip(packets, first, strict=True):
+                packet.pts, packet.dts = pts - start + 120 * round_, dts - start + 120 * round_
+                container.mux(packet)
+                packet.stream = stream

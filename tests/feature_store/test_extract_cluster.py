@@ -30,7 +30,9 @@ from feature_store.extract import extract_corpus
 from feature_store.manifest import list_inputs
 store, videos, address, deterministic = sys.argv[1:]
 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-cfg = ExtractConfig(decode=DecodeConfig(fps=16, size=64), workers=3, deterministic=deterministic == "True")
+cfg = ExtractConfig(
+    decode=DecodeConfig(fps=16, size=64), workers=3, batch_seconds=2, deterministic=deterministic == "True"
+)
 show = lambda progress: print("done", progress.done, flush=True)
 summary = extract_corpus(store, list_inputs([videos]), cfg, random_seed=0, on_progress=show)
 print("end", summary.tally.ok, summary.worker_deaths, flush=True)
@@ -165,8 +167,9 @@ def test_decoders_are_killed_twenty_times(
     dice = random.Random(7)
 
     def one_of_them() -> list[psutil.Process]:
-        time.sleep(dice.uniform(0, 0.5))
-        return sorted(processes_of("Decoder.read"), key=lambda process: dice.random())
+        """Whatever it does: reads, waits for the network, starts, or has nothing to do."""
+        time.sleep(dice.uniform(0, 0.6))
+        return sorted(processes_of("Decoder"), key=lambda process: dice.random())
 
     with driver(cluster, store, corpus, calm[0]) as process, Killer(one_of_them, 20) as killer:
         ok, deaths = end_of(process)
