@@ -38,6 +38,9 @@ class DecodeError(ExtractionError):
         self.decoded_s = decoded_s
         self.claimed_s = claimed_s
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, float, float]]:
+        return type(self), (str(self), self.reason, self.decoded_s, self.claimed_s)
+
 
 class SecondsReader:
     """Iterate once over a video's seconds: uint8 (fps, size, size, 3), the last one padded with black frames.
