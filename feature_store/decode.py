@@ -27,6 +27,7 @@ from vlm_dist.errors import ExtractionError
 
 _HELD_S = 10  # a picture may be held so long behind a stated end, and in AVI, whose frame rate is one for all
 _FEW_PER_S = 4  # pictures a second; with more of them, it is the stated end that is wrong
+_LISTS = ("concat", "hls", "dash", "imf")  # formats of files that name other files
 _LARGEST_ASPECT = 32  # a wider picture is hostile: scaled to the short side it would need gigabytes
 _TS_PACKETS = (188, 192, 204)  # bytes of an MPEG-TS packet: plain, with a time code, with error correction
 _DURATION_TAG = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d*)?)")
@@ -116,6 +117,10 @@ class SecondsReader:
                 raise self._error("truncated", message) from error
             raise self._error("not_a_video", f"no known video format ({type(error).__name__})") from error
         with container:
+            if container.format.name in _LISTS:
+                raise self._error("not_a_video", "a list of other files; name those")
+            if start[4:8] == b"ftyp" and not {"video", "audio"} & {stream.type for stream in container.streams}:
+                raise self._error("truncated", "an MP4 file whose index is cut off (a download that broke off?)")
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
                 raise self._error("no_video_stream", "holds no video stream")
