@@ -25,6 +25,9 @@ from feature_store.config import DecodeConfig
 from feature_store.pictures import PictureGraph
 from vlm_dist.errors import ExtractionError
 
+_HELD_S = 10  # a picture may be held so long behind a stated end, and in AVI, whose frame rate is one for all
+_FEW_PER_S = 4  # pictures a second; with more of them, it is the stated end that is wrong
+_LISTS = ("concat", "hls", "dash", "imf")  # formats of files that name other files
 _LARGEST_ASPECT = 32  # a wider picture is hostile: scaled to the short side it would need gigabytes
 _TS_PACKETS = (188, 192, 204)  # bytes of an MPEG-TS packet: plain, with a time code, with error correction
 _DURATION_TAG = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d*)?)")
@@ -37,6 +40,9 @@ class DecodeError(ExtractionError):
         super().__init__(message, reason)
         self.decoded_s = decoded_s
         self.claimed_s = claimed_s
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, float, float]]:
+        return type(self), (str(self), self.reason, self.decoded_s, self.claimed_s)
 
 
 class SecondsReader:
@@ -57,7 +63,7 @@ class SecondsReader:
         self.cfg = cfg
         self.claimed_s = 0.0
         self.decoded_s = 0.0
-        self._packets = self._bad_packets = 0
+        self._packets = self._bad_packets = self._shown = 0
         self._stated = _Length()
         self._frame_s = self._reached_s = 0.0
         self._cut = False
@@ -71,6 +77,7 @@ class SecondsReader:
             frames += 1
             self.decoded_s = frames / fps
             if frames % fps == 0:
+                self._check_holding()
                 yield second
                 second = np.zeros_like(second)
         self._check_end(frames)
@@ -110,16 +117,23 @@ class SecondsReader:
                 raise self._error("truncated", message) from error
             raise self._error("not_a_video", f"no known video format ({type(error).__name__})") from error
         with container:
+            if container.format.name in _LISTS:
+                raise self._error("not_a_video", "a list of other files; name those")
+            if start[4:8] == b"ftyp" and not {"video", "audio"} & {stream.type for stream in container.streams}:
+                raise self._error("truncated", "an MP4 file whose index is cut off (a download that broke off?)")
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
                 raise self._error("no_video_stream", "holds no video stream")
             if stream.codec_context is None or not stream.time_base:  # pyright: ignore[reportUnnecessaryComparison]
                 raise self._error("not_a_video", "FFmpeg has no decoder for its codec")
+            if container.format.name == "avi" and (rate := stream.average_rate) and rate * _HELD_S < 1:
+                raise self._error("corrupt", f"its header says that each picture lasts {float(1 / rate):.0f} s")
             self._stated = _stated_length(container, stream)
             self.claimed_s = self._stated.video_s
             self._frame_s = float(1 / stream.average_rate) if stream.average_rate else 0.0
             graph: PictureGraph | None = None
             for frame in self._frames(container, stream):
+                self._shown += 1
                 if graph is None:
                     self._check_shape(frame)
                     graph = PictureGraph(stream, frame, self.cfg, _start(container), self._stated.gaps_until_s)
@@ -179,6 +193,14 @@ class SecondsReader:
             except av.error.FFmpegError:
                 self._bad_packets += 1
 
+    def _check_holding(self) -> None:
+        """Refuse a picture that is held far behind the stated end: one bit of a table of times can make it hours."""
+        stated_s = self._stated.promised_s or self._stated.file_s
+        if stated_s and self.decoded_s > max(2 * stated_s + _HELD_S, self._shown / _FEW_PER_S):
+            raise self._error(
+                "corrupt", f"{self._shown} pictures last longer than {self.decoded_s:.0f} s of {stated_s:.1f} s"
+            )
+
     def _check_end(self, frames: int) -> None:
         """Refuse what decoded too little: by packets (damage inside) or by time (the end is gone)."""
         stated, coverage = self._stated, self.cfg.min_coverage
@@ -226,7 +248,8 @@ def _stated_length(container: InputContainer, stream: VideoStream) -> _Length:
     if tag := _DURATION_TAG.match(stream.metadata.get("DURATION", "")):  # Matroska and WebM: when the video ends
         video_s = max(0.0, int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3]) - start_s)
         return _Length(video_s, video_s, gaps_until_s=video_s or math.inf)
-    file_s = max(0.0, (container.duration or 0) / av.time_base - start_s)  # FLV, Matroska: when the last stream ends
+    file_s = (container.duration or 0) / av.time_base  # FLV, Matroska: when the last stream ends
+    file_s = file_s - start_s if start_s < file_s else file_s  # a start behind the end is of another clock, or damaged
     return _Length(file_s=file_s, gaps_until_s=file_s or math.inf)
 
 

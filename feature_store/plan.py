@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from feature_store.commit import committed_shards, iter_commits
 from feature_store.files import seal, unseal
@@ -206,9 +205,12 @@ def _unplanned(
             last = waiting.get(record.video_id, (0, ""))[0]
             if record.status == "ok" or (record.status == "failed" and commit.shard >= last):
                 settled.add(record.video_id)
+    from feature_store.video_source import existing  # it loads FFmpeg, which most of what reads a plan does not need
+
     # A file that was not there (a disk that was not mounted) has its turn once it is.
-    there = (i for i, reason in failed.items() if reason == "missing" and Path(given.get(i, "")).is_file())
-    settled -= failed.keys() if retry_failed else set(there)
+    missing = {i: given[i] for i, reason in failed.items() if reason == "missing" and i in given}
+    there = existing(missing.values()) if missing and not retry_failed else ()
+    settled -= failed.keys() if retry_failed else {i for i, path in missing.items() if path in there}
     again = [
         PlannedVideo(video_id, given.get(video_id, path))
         for video_id, (shard, path) in waiting.items()

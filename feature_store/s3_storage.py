@@ -27,10 +27,10 @@ from feature_store.node_cache import keep_tree
 from feature_store.node_files import usable
 from feature_store.node_scratch import node_folder, temporary_folder
 from feature_store.published import Location, Tree, in_order
-from vlm_dist.errors import ConfigError, StoreError, StoreUnreachableError
+from vlm_dist.errors import ConfigError, StoreError, StoreUnreachableError, VlmDistError
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta  # there for type checkers only
+    from obstore import GetOptions, ObjectMeta  # there for type checkers only
 
 _AT_ONCE = 16  # requests in flight, and objects read ahead
 _PART_BYTES = 16 << 20
@@ -70,6 +70,15 @@ class S3Storage:
         except FileNotFoundError:
             return None
 
+    def tag(self, key: str) -> str | None:
+        """A text that another content of the object would not have; None where there is no object."""
+        try:
+            with self._errors(key):
+                found = obstore.head(self._client, key)
+        except FileNotFoundError:
+            return None
+        return f"{found['e_tag']} {found['size']}"
+
     def sizes(self, folder: str) -> dict[str, int]:
         return {found["path"]: found["size"] for found in self._listed(folder)}
 
@@ -81,9 +90,10 @@ class S3Storage:
                 found = self._listed(f"{key}/")
         return max((item["last_modified"].timestamp() for item in found), default=time.time())
 
-    def _listed(self, folder: str) -> "list[ObjectMeta]":
+    def _listed(self, folder: str) -> "Iterator[ObjectMeta]":
         with self._errors(folder):
-            return [found for batch in obstore.list(self._client, prefix=folder or None) for found in batch]
+            for batch in obstore.list(self._client, prefix=folder or None):
+                yield from batch
 
     def names(self, folder: str) -> list[str]:
         with self._errors(folder):
@@ -196,7 +206,7 @@ class S3Storage:
         for name, (size, crc) in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             try:
-                got = self._download(f"{place}/{name}", folder / name)
+                got = self.download(f"{place}/{name}", folder / name)
                 wrong = "" if got[0] == size and crc in (None, got[1]) else "is damaged (crc32c differs)"
             except FileNotFoundError:
                 wrong = "is missing"
@@ -204,15 +214,38 @@ class S3Storage:
                 mend = "run `vlm-dist store verify --repair` on the store"
                 raise StoreError(f"{self._address}/{place}/{name} {wrong}; {mend}")
 
-    def _download(self, key: str, path: Path) -> tuple[int, int]:
-        """An object as a file, a piece in memory at a time (captions are gigabytes); its bytes and crc32c."""
+    def download(self, key: str, path: Path) -> tuple[int, int]:
+        """An object as a file, a piece in memory at a time (captions and videos are gigabytes); its bytes and crc32c.
+
+        Raises:
+            FileNotFoundError: no such object (or bucket).
+            StoreUnreachableError: no access, no answer, or another content halfway through.
+        """
         size = crc = 0
-        with path.open("wb") as file, self._errors(key):
-            for part in obstore.get(self._client, key).stream(_PART_BYTES):
-                data = bytes(part)
+        with path.open("wb") as file:
+            for data in self._pieces(key):
                 file.write(data)
                 size, crc = size + len(data), crc32c(data, crc)
         return size, crc
+
+    def _pieces(self, key: str) -> Iterator[bytes]:
+        with self._errors(key):
+            found = obstore.get(self._client, key)
+            size, etag = int(found.meta["size"]), found.meta["e_tag"]
+            if size <= _PART_BYTES:
+                yield found.bytes().to_bytes()
+                return
+            del found  # its body is not read
+        # A request each: the client's time limits (30 s, with retries 180 s) count for a request, not for the object.
+        for start in range(0, size, _PART_BYTES):
+            options: GetOptions = {"range": (start, min(start + _PART_BYTES, size)), "if_match": etag}
+            try:
+                with self._errors(key):
+                    yield obstore.get(self._client, key, options=options).bytes().to_bytes()
+            except PreconditionError as error:
+                raise StoreUnreachableError(
+                    f"{self._address}/{key} was replaced while it was read; try again"
+                ) from error
 
     def local(self, key: str) -> Path | None:
         return None
@@ -252,9 +285,17 @@ class S3Storage:
             raise
         except BaseError as error:
             reason = _reason(str(error))
+            if "invalid path" in reason:
+                raise ConfigError(f"{self._address}/{key} cannot be listed: {reason}; rename that object") from error
             raise StoreUnreachableError(
                 f"{self._address}/{key} cannot be reached: {reason}. The environment says how: AWS_ACCESS_KEY_ID, "
                 "AWS_SECRET_ACCESS_KEY, AWS_REGION, and AWS_ENDPOINT_URL (with AWS_ALLOW_HTTP=true for http)"
+            ) from error
+        except VlmDistError:
+            raise
+        except ValueError as error:  # an empty part of a path, `..`, a line break: names that the client does not send
+            raise ConfigError(
+                f"{self._address}/{key}: the S3 client takes no such name ({error}); rename it"
             ) from error
 
 

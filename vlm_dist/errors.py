@@ -28,7 +28,7 @@ class ExtractionError(VlmDistError, ValueError):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (str(self), self.reason)
 
 
