@@ -7,6 +7,7 @@ import numpy as np
 
 from feature_store.config import DecodeConfig
 from feature_store.decode import SecondsReader
+from feature_store.video_source import local_video
 
 
 class Chunk(NamedTuple):
@@ -23,21 +24,23 @@ ReadChunks = Callable[[str], Iterator[Chunk]]
 
 
 def read_chunks(path: str, cfg: DecodeConfig, seconds: int) -> Iterator[Chunk]:
-    """Decode a video, `seconds` at a time; holds one chunk and one second.
+    """Decode a video, a local file or an object at s3://, `seconds` at a time; holds one chunk and one second.
 
     Raises:
-        DecodeError: see `SecondsReader`; what came before it is of no use.
+        DecodeError: see `SecondsReader` and `local_video`; what came before it is of no use.
+        StoreUnreachableError: this node's disk does not take a copy of the object.
     """
-    reader = SecondsReader(path, cfg)
-    frames, count = _empty(cfg, seconds), 0
-    for second in reader:
-        frames[count] = second
-        count += 1
-        if count == seconds:
-            yield Chunk(frames, reader.decoded_s, reader.claimed_s)
-            frames, count = _empty(cfg, seconds), 0  # whoever has the last chunk may still be at it
-    if count:
-        yield Chunk(frames[:count], reader.decoded_s, reader.claimed_s)
+    with local_video(path) as file:
+        reader = SecondsReader(file, cfg)
+        frames, count = _empty(cfg, seconds), 0
+        for second in reader:
+            frames[count] = second
+            count += 1
+            if count == seconds:
+                yield Chunk(frames, reader.decoded_s, reader.claimed_s)
+                frames, count = _empty(cfg, seconds), 0  # whoever has the last chunk may still be at it
+        if count:
+            yield Chunk(frames[:count], reader.decoded_s, reader.claimed_s)
 
 
 def _empty(cfg: DecodeConfig, seconds: int) -> np.ndarray:

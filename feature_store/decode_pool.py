@@ -8,7 +8,7 @@ and no further, so that the object store holds a bounded number of chunks whatev
 import queue
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from feature_store.chunks import Chunk, read_chunks
 from feature_store.config import DecodeConfig
 from feature_store.decode import DecodeError
-from vlm_dist.errors import ExtractionError
+from vlm_dist.errors import ExtractionError, VlmDistError
 
 AHEAD = 2  # chunks that a decoder may be ahead of the encoder
 HANG_GRACE_S = 60.0  # beyond a video's own time limit, which the decoder checks after every frame
@@ -32,28 +32,19 @@ class NoDecoderError(ExtractionError):
     """Decoders die before they open any video, so that nothing can be extracted on this node."""
 
 
-class _Refusal(NamedTuple):
-    """A DecodeError as a value, to pass from process to process."""
-
-    message: str
-    reason: str
-    decoded_s: float
-    claimed_s: float
-
-
 class Decoder:
     """Decodes one video after another; the Ray actor."""
 
     def __init__(self, cfg: DecodeConfig, seconds: int) -> None:
         self.cfg, self.seconds = cfg, seconds
 
-    def read(self, path: str) -> Iterator[Chunk | _Refusal | None]:
-        """None once it is about to open the video, then its chunks, and a refusal at the end where it is broken."""
+    def read(self, path: str) -> Iterator[Chunk | VlmDistError | None]:
+        """None once it is about to open the video, then its chunks, and an error at the end where it is broken."""
         yield None
         try:
             yield from read_chunks(path, self.cfg, self.seconds)
-        except DecodeError as error:
-            yield _Refusal(str(error), error.reason, error.decoded_s, error.claimed_s)
+        except VlmDistError as error:
+            yield error
 
 
 class DecodePool:
@@ -72,6 +63,7 @@ class DecodePool:
 
         Raises:
             DecodeError: the video is broken, or its decoder hung (reason `timeout`).
+            StoreUnreachableError: see `read_chunks`.
             DecoderLostError: its decoder died; another may try.
             NoDecoderError: decoders die before they open any video.
         """
@@ -91,9 +83,9 @@ class DecodePool:
                         raise NoDecoderError(f"{deaths} decoders died before they opened a video: {error}") from error
                     decoder = self._start()
             while (item := self._next(chunks, path)) is not None:
-                if isinstance(item, _Refusal):
+                if isinstance(item, VlmDistError):
                     whole = True
-                    raise DecodeError(*item)
+                    raise item
                 yield item
             whole = True
         finally:
@@ -103,7 +95,7 @@ class DecodePool:
                 decoder = self._start()
             self._free.put(decoder)
 
-    def _next(self, chunks: Any, path: str) -> Chunk | _Refusal | None:
+    def _next(self, chunks: Any, path: str) -> Chunk | VlmDistError | None:
         """What comes next, or None at the end (and first, when the video is about to be opened)."""
         ready, _ = ray.wait([chunks], timeout=self._hang_s, fetch_local=True)
         if not ready:

@@ -19,6 +19,7 @@ from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.decode import DecodeError, SecondsReader
 from feature_store.s3d import S3D
 from feature_store.s3d_fused import FusedS3D
+from feature_store.video_source import local_video
 from vlm_dist.errors import ExtractionError
 
 CALIBRATION_CLIPS = 48
@@ -69,7 +70,7 @@ def features_from_file(
     """Decode a video and encode each second of it; holds `batch_seconds` of frames at a time, never the whole video.
 
     Args:
-        path: Video file of any format that FFmpeg reads.
+        path: Video file of any format that FFmpeg reads, or an object at s3://bucket/key.
         encoder: See `clip_encoder`, which makes one of S3D weights and the same config.
         cfg: Frame rate, size, normalisation.
         on_chunk: Called before each chunk is encoded; may raise to go no further.
@@ -110,7 +111,8 @@ def calibration_clips(paths: Iterable[Path | str], cfg: DecodeConfig) -> np.ndar
     errors: list[DecodeError] = []
     for path in sorted(paths, key=lambda path: (zlib.crc32(Path(path).name.encode(errors="replace")), str(path))):
         try:
-            clips.extend(islice(SecondsReader(path, cfg), 0, _CLIPS_PER_VIDEO * _SECONDS_APART, _SECONDS_APART))
+            with local_video(str(path)) as file:
+                clips.extend(islice(SecondsReader(file, cfg), 0, _CLIPS_PER_VIDEO * _SECONDS_APART, _SECONDS_APART))
         except DecodeError as error:
             errors.append(error)
         if len(clips) >= CALIBRATION_CLIPS:

@@ -140,7 +140,7 @@ def _unusable(path: Path, error: OSError) -> StoreUnreachableError:
 
 def digest(text: str) -> str:
     """A short name for a long one."""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 @contextmanager

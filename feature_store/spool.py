@@ -4,9 +4,7 @@ A shard is days of a core's work. When its worker dies or is stopped, the next o
 were finished from here. Nothing depends on it: what is damaged, or of a file that has changed, is made again.
 """
 
-import hashlib
 import io
-import os
 import shutil
 import time
 import uuid
@@ -22,6 +20,8 @@ from feature_store.layout import StoreMeta
 from feature_store.node_files import cache_folder, digest
 from feature_store.plan import PlannedVideo
 from feature_store.records import VideoRecord
+from feature_store.video_source import video_identity
+from vlm_dist.errors import ExtractionError
 
 _KEEP_S = 7 * 24 * 3600.0  # extractions that nobody has gone on with for so long
 
@@ -75,8 +75,7 @@ class Spool:
 
     def _path(self, video: PlannedVideo) -> Path | None:
         """Where a video lies; another file under the same path lies elsewhere. None where there is no file."""
-        with suppress(OSError, ValueError):
-            status = os.stat(video.path)
-            text = f"{video.video_id}\0{video.path}\0{status.st_size}\0{status.st_mtime_ns}"
-            return self._folder / hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+        with suppress(ExtractionError):  # a bucket that does not answer: the video's turn will tell
+            if identity := video_identity(video.path):
+                return self._folder / digest(f"{video.video_id}\0{video.path}\0{identity}")
         return None

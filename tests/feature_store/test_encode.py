@@ -157,9 +157,9 @@ def write_rounds(path: Path, rounds: int) -> None:
             frame.pts, frame.time_base = 4 * number, Fraction(1, 2)
             packets += stream.encode(frame)
         packets += stream.encode()
-        start, first = packets[0].pts, [(packet.pts, packet.dts) for packet in packets]
         for round_ in range(rounds):
-            for packet, (pts, dts) in zip(packets, first, strict=True):
-                packet.pts, packet.dts = pts - start + 120 * round_, dts - start + 120 * round_
-                container.mux(packet)
-                packet.stream = stream
+            for number, packet in enumerate(packets):
+                copy = av.Packet(bytes(packet))
+                copy.stream, copy.time_base, copy.is_keyframe = stream, Fraction(1, 2), packet.is_keyframe
+                copy.pts = copy.dts = 120 * round_ + 4 * number  # ultrafast makes no pictures that refer ahead
+                container.mux(copy)

@@ -283,7 +283,7 @@ import ray
 from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.extract import extract_corpus
 from feature_store.manifest import list_inputs
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 cfg = ExtractConfig(decode=DecodeConfig(fps=16, size=64), workers=2)
 show = lambda progress: print("shards", progress.shards_done, flush=True)
 try:

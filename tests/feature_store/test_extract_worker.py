@@ -11,18 +11,22 @@ from hypothesis import strategies as st
 
 from feature_store.commit import read_commit
 from feature_store.config import DecodeConfig, ExtractConfig
-from feature_store.encoder import prepare_encoder
+from feature_store.encoder import kept_weights, prepare_encoder
+from feature_store.extract import extract_corpus
 from feature_store.extract_worker import ShardWorker, _InOrder
-from feature_store.layout import create_store
+from feature_store.info import failures
+from feature_store.layout import create_store, open_store
 from feature_store.manifest import list_inputs
 from feature_store.plan import PlannedVideo, ShardTask
 from feature_store.reader import FeatureReader
 from feature_store.records import VideoRecord
 from feature_store.s3d import S3D
 from feature_store.snapshot import finalise
+from feature_store.storage import open_storage
 from feature_store.tally import Tally
+from feature_store.weights import load_s3d
 from feature_store.writer import ShardAttempt
-from tests.feature_store.store_tools import provenance
+from tests.feature_store.store_tools import features_of, provenance
 from tests.feature_store.timed_videos import write_frames
 from vlm_dist.errors import ExtractionError, StoreError
 
@@ -168,3 +172,31 @@ def test_weights_that_give_no_numbers_stop_the_work(tmp_path: Path, videos: list
     state["fc.bias"] = np.full(512, np.nan, np.float32)
     with pytest.raises(ExtractionError, match="no finite numbers even for a black picture"):
         ShardWorker(tmp_path / "store", TINY, state, 1).ready()
+
+
+def test_videos_in_a_bucket(
+    tmp_path: Path, bucket: str, videos: list[PlannedVideo], broken_videos: dict[str, Path]
+) -> None:
+    given = {
+        "one.mp4": Path(videos[0].path),
+        "deep/two.mp4": Path(videos[1].path),
+        "cut.mp4": broken_videos["truncated"],
+    }
+    place = open_storage(f"{bucket}/videos")
+    for name, path in given.items():
+        place.replace(name, path.read_bytes())
+    (tmp_path / "list.csv").write_text(f"video_id,path\ngone,{bucket}/videos/gone.mp4\n")
+    listed = list_inputs([f"{bucket}/videos", tmp_path / "list.csv"])
+    summary = extract_corpus(tmp_path / "store", listed, TINY, random_seed=0, here=True)
+    assert summary.tally == Tally(2, 300, {"truncated": 1, "missing": 1})
+    reader = FeatureReader(tmp_path / "store")
+    model, _ = load_s3d(tmp_path / "store" / kept_weights(open_store(tmp_path / "store")))
+    for name, path in {"one": one, "two": two}.items():
+        alone = features_of(path, model, TINY).features.astype(np.float32)
+        assert np.abs(reader.read(reader.index.find(name)).astype(np.float32) - alone).max() <= 2**-11
+    reasons = {record.video_id: record.message for record in failures(tmp_path / "store")}
+    assert reasons["gone"] == f"{bucket}/videos/gone.mp4: no such object"
+    assert reasons["cut"].startswith(f"{bucket}/videos/cut.mp4: ")
+    place.replace("gone.mp4", one.read_bytes())
+    again = extract_corpus(tmp_path / "store", listed, TINY, random_seed=0, here=True)
+    assert again.tally == Tally(1, 150), "what was missing has its turn once it is there"

@@ -17,7 +17,7 @@ from vlm_dist.errors import ConfigError
 def extract(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="PATH...", help="Videos, folders of videos, or CSV/JSONL lists (video_id, path)."),
+        typer.Argument(metavar="PATH...", help="Videos, folders, CSV/JSONL lists (video_id, path); local or s3://."),
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Feature store that is made or continued.")] = None,
     captions: Annotated[
