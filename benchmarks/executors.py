@@ -108,11 +108,15 @@ def _weights(whole: list[Path], folder: Path, size: int) -> Path:
 def _run(name: str, python: Path, job: dict[str, Any], folder: Path, limit_s: float = 3600.0) -> dict[str, Any]:
     """Run one executor in a process of its own; after the limit its whole group is killed."""
     print(f"{name}: {len(job['videos'])} videos", file=sys.stderr)
-    with TemporaryDirectory(dir=folder) as out:
+    with (
+        TemporaryDirectory(dir=folder) as out,
+        # Not below the folder: paths of sockets have to be short. A killed Ray may still be writing there.
+        TemporaryDirectory(prefix="rayx-", ignore_cleanup_errors=True) as ray_folder,
+    ):
         file = folder / "job.json"
         file.write_text(json.dumps({**job, "out": out}))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])}
-        command = [str(python), "-m", "executors_bench.worker", name, str(file)]
+        command = [str(python), "-m", "executors_bench.worker", name, str(file), ray_folder]
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             start_new_session=True,

@@ -1,6 +1,6 @@
 """One process that runs one executor over one job, on a Ray of its own, and says what that took.
 
-    python -m executors_bench.worker EXECUTOR JOB.json
+    python -m executors_bench.worker EXECUTOR JOB.json FOLDER_OF_RAY
 
 Prints a line `{"wall", "cpu", "store", "memory", "largest", "error", "left"}`: seconds, CPU seconds of all processes,
 bytes, how it failed if it did, and which of Ray's processes outlived it.
@@ -10,9 +10,7 @@ import contextlib
 import importlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -31,8 +29,8 @@ def main() -> None:
     name, job = sys.argv[1], Job(**json.loads(Path(sys.argv[2]).read_text()))
     run = importlib.import_module(f"executors_bench.{name}").run
     os.environ.update(_XENNA)
-    folder = tempfile.mkdtemp(prefix="rayx-")
     # cosmos-xenna ends with an error where there is no dashboard to ask for the actors.
+    folder = sys.argv[3]
     ray.init(
         num_cpus=2, include_dashboard=name == "xenna", log_to_driver=False, _temp_dir=folder, object_store_memory=2**31
     )
@@ -48,7 +46,6 @@ def main() -> None:
     processes = psutil.Process().children(recursive=True)
     ray.shutdown()
     left = _end(processes)
-    shutil.rmtree(folder, ignore_errors=True)
     told = {"wall": wall, "store": watch.store, "memory": watch.memory, "largest": watch.largest, "error": error}
     told |= {"cpu": sum(watch.cpu.values()), "left": left}
     print(json.dumps(told))
