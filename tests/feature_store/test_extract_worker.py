@@ -177,11 +177,8 @@ def test_weights_that_give_no_numbers_stop_the_work(tmp_path: Path, videos: list
 def test_videos_in_a_bucket(
     tmp_path: Path, bucket: str, videos: list[PlannedVideo], broken_videos: dict[str, Path]
 ) -> None:
-    given = {
-        "one.mp4": Path(videos[0].path),
-        "deep/two.mp4": Path(videos[1].path),
-        "cut.mp4": broken_videos["truncated"],
-    }
+    one, two, *_ = (Path(video.path) for video in videos)
+    given = {"one.mp4": one, "deep/two.mp4": two, "cut.mp4": broken_videos["truncated"]}
     place = open_storage(f"{bucket}/videos")
     for name, path in given.items():
         place.replace(name, path.read_bytes())
