@@ -1,9 +1,9 @@
-"""Three ways to run "decode on CPUs → S3D → features of each video" on Ray, and today's: one table.
+"""Three ways to run "decode on CPUs → S3D → features of each video" on Ray, and one actor for both: one table.
 
     python benchmarks/executors.py [VIDEOS] [--xenna-python PYTHON] [--size 64] [--videos 40] [--json FILE]
 
 VIDEOS is a folder; without it a small corpus is rendered. Each run is a process of its own with a Ray of its own and
-two cores: one decoder and one encoder with one thread (today's way: two actors that do both). Random S3D weights. Two
+two cores: one decoder and one encoder with one thread (the last: two actors that do both). Random S3D weights. Two
 of the videos are broken and must be named. Then the same again with a video that takes its decoding process down once,
 always, or stops it, and with one long video. cosmos-xenna lives in an environment of its own, because what it needs
 clashes with constraints.txt:

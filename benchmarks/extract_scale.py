@@ -112,7 +112,7 @@ class SyntheticWorker:
 def simulated(folder: Path, count: int) -> dict[str, str]:
     """Extract a corpus of `count` videos without decoding."""
     store, process = folder / "simulated", psutil.Process()
-    create_store(store, Provenance(extractor="simulated", feature_dim=1), 65_536)
+    create_store(store, Provenance(extractor="simulated", weights="none", weights_sha256="", feature_dim=1), 65_536)
     _start_ray(WORKERS)
     began = time.monotonic()
     videos = [PlannedVideo(f"video-{number:07}", f"/videos/{number:07}.mp4") for number in range(count)]
@@ -154,7 +154,7 @@ def simulated(folder: Path, count: int) -> dict[str, str]:
 
 
 def _start_ray(cpus: int) -> None:
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 
 if __name__ == "__main__":
