@@ -16,8 +16,8 @@ from cluster.config import ClusterConfig
 from cluster.resources import NodeResources
 from vlm_dist.errors import ConfigError, JobError
 
-_OBJECT_STORE_BYTES = 1 << 30
-"""Enough: features are read from the store by each worker, and only small results pass through Ray."""
+_OBJECT_STORE_BYTES = 8 << 30
+"""At most: frames on their way from decoders to networks, a few tens of MB for each core; taken only as it is used."""
 
 _PASSED = ("AWS_", "FEATURE_STORE_")
 

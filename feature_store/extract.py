@@ -15,8 +15,7 @@ from typing import Any
 import ray
 
 from feature_store.at_work import at_work
-from feature_store.config import DecodeConfig, ExtractConfig
-from feature_store.decode_pool import AHEAD
+from feature_store.config import ExtractConfig
 from feature_store.dispatch import Dispatch
 from feature_store.encoder import prepare_encoder
 from feature_store.extract_worker import ShardWorker
@@ -25,10 +24,7 @@ from feature_store.plan import PlannedVideo, ShardTask, plan_videos
 from feature_store.snapshot import finalise
 from feature_store.storage import Root
 from feature_store.tally import Sign, Tally
-from vlm_dist.errors import ConfigError
-
-_CPU_DECODERS = 2  # S3D takes nearly all of a core: one more than it needs, so that the next video is open already
-_OBJECT_STORE_SHARE = 0.5  # of Ray's object store that chunks on their way may take
+from feature_store.worker_share import WorkerShare, alive_nodes, worker_share, workers_on
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ def extract_corpus(
         ExtractionError: wrong weights, or workers that keep dying outside of any video.
     """
     start = time.monotonic()
-    share = None if here else worker_share(cfg)
+    share = None if here else worker_share(cfg, alive_nodes())
     encoder = prepare_encoder(
         store,
         videos,
@@ -159,66 +155,6 @@ def extract_corpus(
         )
 
 
-@dataclass(frozen=True)
-class WorkerShare:
-    """How many workers a cluster is given, and what each may use of its node."""
-
-    workers: int
-    cpus: int
-    threads: int
-    decoders: int
-    chunk_seconds: int
-
-
-def worker_share(cfg: ExtractConfig) -> WorkerShare:
-    """Share a Ray cluster out among workers.
-
-    Raises:
-        ConfigError: more workers are asked for than there is room for (unless `cfg.wait_for_nodes`).
-    """
-    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(_room(node, cfg) for node in nodes)
-    wanted = cfg.workers or max(1, room)
-    if wanted > room and not cfg.wait_for_nodes:
-        cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
-        each = f"1 CPU and {cfg.gpus_per_worker:g} GPU" if cfg.gpus_per_worker > 0 else "1 CPU"
-        advice = f"use --workers {room}" if room else "extract on CPUs (--set extract.gpus_per_worker=0)"
-        raise ConfigError(
-            f"{wanted} extraction workers of {each} each do not fit: Ray has {cpus} CPUs and {gpus:g} GPUs; {advice}"
-            ", or let them wait for nodes (--set extract.wait_for_nodes=true)"
-        )
-    # On one machine the workers share all its cores; over several, a worker of one core fits everywhere.
-    if cfg.gpus_per_worker > 0:
-        here = [(node, _room(node, cfg)) for node in nodes]
-        cpus = min((int(node["CPU"]) // count for node, count in here if count), default=1)
-    else:
-        cpus = int(nodes[0].get("CPU", 1)) // wanted if len(nodes) == 1 else 1
-    cpus = max(1, cpus)
-    decoders = cfg.decoders or (max(1, cpus - 1) if cfg.gpus_per_worker > 0 else _CPU_DECODERS)
-    threads = 1 if cfg.deterministic else cpus
-    chunk_seconds = cfg.batch_seconds if cfg.deterministic else _chunk_seconds(cfg, nodes, wanted, decoders)
-    return WorkerShare(wanted, cpus, threads, decoders, chunk_seconds)
-
-
-def _room(node: dict[str, float], cfg: ExtractConfig) -> int:
-    """Workers that a node has place for."""
-    cpus = int(node.get("CPU", 0))
-    return min(cpus, int(node.get("GPU", 0) / cfg.gpus_per_worker)) if cfg.gpus_per_worker > 0 else cpus
-
-
-def _chunk_seconds(cfg: ExtractConfig, nodes: Sequence[dict[str, float]], workers: int, decoders: int) -> int:
-    """The longest chunks of which all that may be on their way fit into Ray's object store on every node."""
-    bytes_ = _OBJECT_STORE_SHARE * min((n.get("object_store_memory", 0) for n in nodes), default=0)
-    streams = decoders * min(workers, max((_room(node, cfg) for node in nodes), default=1))
-    fits = bytes_ / (streams * (AHEAD + 1) * second_bytes(cfg.decode)) if streams else 0
-    return max(1, min(cfg.batch_seconds, int(fits)))
-
-
-def second_bytes(cfg: DecodeConfig) -> int:
-    """Bytes of one second of frames."""
-    return cfg.fps * cfg.size * cfg.size * 3
-
-
 class _OnRay:
     """Shards in work on the workers of a cluster."""
 
@@ -238,7 +174,7 @@ class _OnRay:
 
     @staticmethod
     def _room(cfg: ExtractConfig) -> int:
-        return sum(_room(node["Resources"], cfg) for node in ray.nodes() if node["Alive"])
+        return sum(workers_on(node, cfg) for node in alive_nodes())
 
     @property
     def workers(self) -> int:

@@ -3,6 +3,7 @@
 import csv
 import io
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from feature_store.records import VideoRecord
 
 LOG_EVERY_S = 10.0  # between points of a throughput curve: extraction runs for days
+REASONS = 3  # that the progress line names
 SETTLED_S = 10.0  # before that, waiting is the first videos' opening
 
 
@@ -57,11 +59,7 @@ def extract_to_store(
 
             def show(state: "ExtractProgress") -> None:
                 nonlocal logged
-                note = f"{state.videos_per_s:.2g} videos/s, {state.video_seconds_per_s:.1f} s of video/s"
-                if state.elapsed_s > SETTLED_S:
-                    note += f", encoders wait for decoding {state.waiting:.0%}"
-                failed = f", {state.tally.failed} failed" if state.tally.failed else ""
-                bar.update(state.done, note + failed, total=state.videos)
+                bar.update(state.done, _progress_note(state), total=state.videos)
                 if time.monotonic() - logged < LOG_EVERY_S and state.done < state.videos:
                     return
                 logged = time.monotonic()
@@ -145,6 +143,22 @@ def _of_listed(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> lis
     inputs = {(clean_text(video.video_id), clean_text(video.path)) for video in videos}
     ids = {video_id for video_id, _ in inputs}
     return [r for r in broken if ((r.video_id, r.path) in inputs if r.reason == "duplicate" else r.video_id in ids)]
+
+
+def _progress_note(state: "ExtractProgress") -> str:
+    """What stands behind the bar: `3/8 shards, 1.2 videos/s, 27.3 s of video/s, 3 failed (2 corrupt, …)`."""
+    parts = [
+        f"{state.shards_done}/{counted(state.shards, 'shard')}",
+        f"{state.videos_per_s:.2g} videos/s",
+        f"{state.video_seconds_per_s:.1f} s of video/s",
+    ]
+    if state.elapsed_s > SETTLED_S:
+        parts.append(f"networks wait for decoding {100 * state.waiting:.0f} %")
+    if state.tally.failed:
+        reasons = Counter({reason: n for reason, n in state.tally.reasons.items() if reason != "overflow"})
+        told = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(REASONS))
+        parts.append(f"{state.tally.failed} failed ({told}{', …' if len(reasons) > REASONS else ''})")
+    return ", ".join(parts)
 
 
 def _failure_table(broken: list["VideoRecord"]) -> str:
