@@ -65,7 +65,7 @@ class ExtractConfig(_Frozen):
     )
     deterministic: bool = Field(
         default=False,
-        description="The same bits whatever the number of workers: no joint batches of videos, one thread a worker.",
+        description="The same bits whatever the cluster: no joint batches of videos, one thread a worker.",
     )
 
 

@@ -77,7 +77,9 @@ class ShardWorker:
         model = S3D()
         model.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
         self.encoder = clip_encoder(model, cfg, "cuda" if cfg.gpus_per_worker > 0 else "cpu")
-        self._shared = SharedEncoder(self.encoder, cfg.batch_seconds, cfg.deterministic)
+        # On a CPU joint batches gain nothing, and without them a video's features do not depend on its neighbours.
+        join = cfg.gpus_per_worker > 0 and not cfg.deterministic
+        self._shared = SharedEncoder(self.encoder, cfg.batch_seconds, join)
         self._pool = DecodePool(decoders, cfg.decode, chunk_seconds or cfg.batch_seconds) if decoders else None
         self._spool = Spool(self.meta)
 

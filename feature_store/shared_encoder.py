@@ -18,16 +18,15 @@ class SharedEncoder:
     """A ClipEncoder for many threads: what waits together goes through the network together.
 
     Joining never waits: a batch is what is there when the network is free, at most `most` clips. A token may differ in
-    its last bit with what else is in its batch; with `fixed`, each call is a batch of its own, padded to `most` clips,
-    so that equal clips give equal bits.
+    its last bit with what else is in its batch; without `join`, each call is a batch of its own.
 
     Attributes:
         waiting_s: Seconds in which the network had nothing to do, since the last `start_clock`.
         working_s: Seconds in which it worked.
     """
 
-    def __init__(self, encoder: ClipEncoder, most: int, fixed: bool = False) -> None:
-        self._encoder, self._most, self._fixed = encoder, most, fixed
+    def __init__(self, encoder: ClipEncoder, most: int, join: bool) -> None:
+        self._encoder, self._most, self._join = encoder, most, join
         self._asked: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
         self._held: _Asked | None = None
         self.start_clock()
@@ -72,7 +71,7 @@ class SharedEncoder:
         batch = [self._held or self._asked.get()]
         self._held = None
         count = len(batch[0][0])
-        while not self._fixed and not self._asked.empty():
+        while self._join and not self._asked.empty():
             more = self._asked.get()
             count += len(more[0])
             if count > self._most:
@@ -84,9 +83,7 @@ class SharedEncoder:
     def _encode(self, parts: list[Tensor]) -> list[Tensor]:
         counts = [len(part) for part in parts]
         clips = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self._fixed and len(clips) < self._most:
-            clips = torch.cat([clips, clips.new_zeros(self._most - len(clips), *clips.shape[1:])])
         tokens = self._encoder(clips)
         if tokens.is_cuda:
             torch.cuda.synchronize(tokens.device)  # else the work would be counted as the next batch's waiting
-        return list(tokens[: sum(counts)].split(counts))
+        return list(tokens.split(counts))

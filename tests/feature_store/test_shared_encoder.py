@@ -46,24 +46,24 @@ def ask_all(encoder: SharedEncoder, counts: list[int]) -> list[Tensor]:
 
 def test_what_waits_together_is_one_batch_and_each_gets_its_own() -> None:
     recorder = Recorder()
-    got = ask_all(SharedEncoder(recorder, most=8), [3, 2, 4, 2, 5])
+    got = ask_all(SharedEncoder(recorder, most=8, join=True), [3, 2, 4, 2, 5])
     for number, (tokens, count) in enumerate(zip(got, [3, 2, 4, 2, 5], strict=True)):
         assert torch.equal(tokens, torch.full((count, 1), float(number)))
     # The first went alone, as the network was free; 2 + 4 + 2 fill a batch of 8, and the last is left.
     assert recorder.sizes == [3, 8, 5]
 
 
-def test_fixed_batches_do_not_depend_on_who_else_waits() -> None:
+def test_without_joining_each_call_is_a_batch() -> None:
     recorder = Recorder()
-    got = ask_all(SharedEncoder(recorder, most=8, fixed=True), [3, 2, 8])
+    got = ask_all(SharedEncoder(recorder, most=8, join=False), [3, 2, 8])
     assert [len(tokens) for tokens in got] == [3, 2, 8]
-    assert recorder.sizes == [8, 8, 8]
+    assert recorder.sizes == [3, 2, 8]
 
 
 def test_an_error_reaches_whoever_waits_and_nobody_else() -> None:
     recorder = Recorder()
     recorder.gate.set()
-    encoder = SharedEncoder(recorder, most=8)
+    encoder = SharedEncoder(recorder, most=8, join=True)
     with pytest.raises(RuntimeError, match="no such clip"):
         encoder(clips_of(255, 2))
     assert encoder(clips_of(7, 1)).tolist() == [[7.0]]
@@ -72,7 +72,7 @@ def test_an_error_reaches_whoever_waits_and_nobody_else() -> None:
 def test_times_are_of_the_clock_that_was_started() -> None:
     recorder = Recorder()
     recorder.gate.set()
-    encoder = SharedEncoder(recorder, most=8)
+    encoder = SharedEncoder(recorder, most=8, join=True)
     time.sleep(0.3)
     encoder.start_clock()
     time.sleep(0.1)
