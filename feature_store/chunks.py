@@ -1,6 +1,6 @@
 """Videos → chunks: some seconds of frames at a time, as they pass from decoding to the encoder (frames → features)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +19,11 @@ class Chunk(NamedTuple):
     claimed_s: float
 
 
-ReadChunks = Callable[[str], Iterator[Chunk]]
+ReadChunks = Callable[[str], Generator[Chunk]]
 """A path → the chunks of its video: `read_chunks` in this process, `DecodePool.read` in another."""
 
 
-def read_chunks(path: str, cfg: DecodeConfig, seconds: int) -> Iterator[Chunk]:
+def read_chunks(path: str, cfg: DecodeConfig, seconds: int) -> Generator[Chunk]:
     """Decode a video, a local file or an object at s3://, `seconds` at a time; holds one chunk and one second.
 
     Raises:

@@ -6,7 +6,7 @@ and no further, so that the object store holds a bounded number of chunks whatev
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import queue
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -58,7 +58,7 @@ class DecodePool:
         for _ in range(size):
             self._free.put(self._start())
 
-    def read(self, path: str) -> Iterator[Chunk]:
+    def read(self, path: str) -> Generator[Chunk]:
         """The chunks of a video; the same as `read_chunks`, from another process.
 
         Raises:

@@ -5,6 +5,7 @@
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -83,13 +84,14 @@ def features_from_file(
     start = time.monotonic()
     rows: list[np.ndarray] = []
     decoded_s = claimed_s = 0.0
-    for chunk in read(str(path)) if read else read_chunks(str(path), cfg.decode, cfg.batch_seconds):
-        on_chunk(chunk)
-        decoded_s, claimed_s = chunk.decoded_s, chunk.claimed_s
-        tokens = encoder(torch.from_numpy(chunk.frames).to(encoder.device))
-        if cfg.normalise:
-            tokens = functional.normalize(tokens, dim=-1)
-        rows.append(tokens.half().cpu().numpy())
+    with closing(read(str(path)) if read else read_chunks(str(path), cfg.decode, cfg.batch_seconds)) as chunks:
+        for chunk in chunks:
+            on_chunk(chunk)
+            decoded_s, claimed_s = chunk.decoded_s, chunk.claimed_s
+            tokens = encoder(torch.from_numpy(chunk.frames).to(encoder.device))
+            if cfg.normalise:
+                tokens = functional.normalize(tokens, dim=-1)
+            rows.append(tokens.half().cpu().numpy())
     features = np.concatenate(rows)
     if not np.isfinite(features).all():
         raise ExtractionError(f"{path}: the encoder's output is not finite; are its weights damaged?")

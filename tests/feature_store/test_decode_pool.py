@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ def test_broken_videos_say_the_same(pool: DecodePool, broken_videos: dict[str, P
         assert (there.value.decoded_s, there.value.claimed_s) == (here.value.decoded_s, here.value.claimed_s)
 
 
-def begun(pool: DecodePool, video: Path) -> Iterator[object]:
+def begun(pool: DecodePool, video: Path) -> Generator[object]:
     """The chunks after the first one, while the decoder waits with the file open."""
     chunks = pool.read(str(video))
     next(chunks)
@@ -83,7 +83,7 @@ def test_a_decoder_that_hangs(pool: DecodePool, videos: list[Path], monkeypatch:
 
 def test_a_video_that_is_not_wanted_to_its_end(pool: DecodePool, videos: list[Path]) -> None:
     chunks = begun(pool, videos[1])
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     assert len(list(pool.read(str(videos[0])))) == 3
     assert not decoders_at(videos[1].stem)
 

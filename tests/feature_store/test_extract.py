@@ -319,6 +319,34 @@ def test_an_interrupted_driver_goes_on(tmp_path: Path, make_video: Callable[...,
     assert not verify_store(store, deep=True, repair=False).problems
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_the_same_command_goes_on_after_ray_itself_was_killed(
+    tmp_path: Path, make_video: Callable[..., Path], part: str
+) -> None:
+    for number in range(12):
+        make_video(tmp_path / "videos" / f"v{number}.mp4", 12.0, seed=number)
+    store = tmp_path / "store"
+    command = [sys.executable, "-c", INTERRUPTED, str(store), str(tmp_path / "videos")]
+    quick = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "2"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=quick) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("shards") and int(line.split()[1]) >= 2:
+                break
+        (victim,) = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == part]
+        victim.kill()
+        process.stdout.read()
+    assert process.returncode != 0
+    committed = {path.name: path.read_bytes() for path in (store / "_commits").iterdir()}
+    assert len(committed) >= 2
+    summary = extract_corpus(store, list_inputs([tmp_path / "videos"]), CFG, random_seed=0)
+    assert summary.shards == 12 - len(committed)
+    assert all((store / "_commits" / name).read_bytes() == data for name, data in committed.items())
+    assert len(all_features(store)) == 12
+    assert not verify_store(store, deep=True, repair=False).problems
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 42 MiB: room for the encoder's weights and a little more."""
