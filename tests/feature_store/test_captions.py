@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -333,8 +334,15 @@ def test_captions_that_were_taken_out_do_not_come_back(tmp_path: Path, two: Path
 
 
 def test_wrong_usage(tmp_path: Path, two: Path) -> None:
-    with pytest.raises(ConfigError, match="is not there"):
+    with pytest.raises(ConfigError, match=r"none\.json is not there; give raw_caption\.json"):
         write_captions(two, tmp_path / "none.json", SMALL)
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, what in (("pipe.json", "is no plain file"), (".", "is a folder")):
+        with pytest.raises(ConfigError, match=f"{what}.*; give raw_caption"):
+            write_captions(two, tmp_path / name, SMALL)
+    (tmp_path / "semicolons.csv").write_text("video_id;start;end;text\na;0;1;cut it\n")
+    with pytest.raises(StoreError, match=r"no column end, start, text, video_id; .* separated by commas"):
+        write_captions(two, tmp_path / "semicolons.csv", SMALL)
     (tmp_path / "captions.txt").touch()
     with pytest.raises(ConfigError, match=r"ending '\.txt' is not known; give raw_caption\.json"):
         write_captions(two, tmp_path / "captions.txt", SMALL)
