@@ -262,7 +262,10 @@ def snapshot_key(name: str) -> str:
 def snapshot_details(data: bytes, where: Path | str) -> dict[str, Any]:
     """What snapshot.json says; StoreError where it is damaged. Snapshots of schema 1 have no marks."""
     marks: dict[str, Any] = {"deleted": {}, "splits": {}}
-    return marks | unseal(data, where)
+    details = marks | unseal(data, where)
+    # `files` are those of no array, with their bytes where they are known. Before it was told, a tokenizer had these.
+    tokenizer = ("vocab.txt", "tokenizer.json", "tokenizer_config.json") if details["captions"] else ()
+    return {"files": {f"tokenizer/{name}": None for name in tokenizer}} | details
 
 
 def array_groups(details: dict[str, Any]) -> dict[str, dict[str, ArrayInfo]]:
