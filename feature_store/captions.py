@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,6 +35,7 @@ from feature_store.tokenizer import TRAIN_PREFIX, Tokenizer, load_tokenizer, tra
 from vlm_dist.errors import ConfigError, StoreError
 
 NAMED = 5
+_BERT = "bert-base-uncased"
 
 
 class CaptionReport(BaseModel):
@@ -60,6 +61,7 @@ class CaptionReport(BaseModel):
     captions_per_video: float = Field(description="Captions per video that has any.")
     tokenizer_pieces: int
     tokenizer_sha256: str
+    tokenizer_kept: bool = Field(description="Whether the store's own was used, as no other was asked for.")
 
 
 def write_captions(root: Root, file: Path | None, cfg: CaptionConfig, allow_pickle: bool = False) -> CaptionReport:
@@ -68,7 +70,8 @@ def write_captions(root: Root, file: Path | None, cfg: CaptionConfig, allow_pick
     Args:
         root: the store; it may hold none, some or all of the videos yet.
         file: .json, .jsonl, .csv or .pkl (see `caption_files`); None tokenises the store's own captions again.
-        cfg: cleaning and tokenising. Another tokenizer is applied to every caption of the store.
+        cfg: cleaning and tokenising. Another tokenizer is applied to every caption of the store; where none is said,
+            its own stays.
         allow_pickle: open a pickled file, restricted to data.
 
     Raises:
@@ -76,23 +79,21 @@ def write_captions(root: Root, file: Path | None, cfg: CaptionConfig, allow_pick
         StoreError: the file does not have the form (the video is named); None and the store has no captions.
     """
     meta = open_store(root)
-    tokenizer = _usable(file, cfg, allow_pickle)
+    asked = _usable(_current(root), file, cfg, allow_pickle)
     with at_work(meta, "captions"):
-        return _write(meta, file, cfg, allow_pickle, tokenizer)
+        return _write(meta, file, asked, allow_pickle)
 
 
-def _write(
-    meta: StoreMeta, file: Path | None, cfg: CaptionConfig, allow_pickle: bool, tokenizer: Tokenizer | None
-) -> CaptionReport:
-    root = meta.root
+def _write(meta: StoreMeta, file: Path | None, asked: "_Asked", allow_pickle: bool) -> CaptionReport:
+    root, cfg, tokenizer = meta.root, asked.cfg, asked.tokenizer
     finalise(root)
     before = StoreIndex(root)
     source = before.details["captions"].get("source_crc32c") if file is None else file_crc32c(file)
     if file is None:
         _require_text(before, cfg)
-    raw = iter_captions(file, allow_pickle, tokenizer) if file else None
+    raw = iter_captions(file, allow_pickle, asked.of_ids) if file else None
     if _unchanged(before, cfg, source, tokenizer):
-        return caption_report(before, changed=False)
+        return caption_report(before, changed=False, kept=asked.kept)
 
     scratch = meta.storage.scratch(scratch_name("captions"))
     try:
@@ -102,7 +103,7 @@ def _write(
             name = update_snapshot(meta, build)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return caption_report(StoreIndex(root, name), changed=True)
+    return caption_report(StoreIndex(root, name), changed=True, kept=asked.kept)
 
 
 def check_caption_file(root: Root, file: Path, cfg: CaptionConfig, allow_pickle: bool = False) -> None:
@@ -115,16 +116,16 @@ def check_caption_file(root: Root, file: Path, cfg: CaptionConfig, allow_pickle:
         root: the store; it need not be there yet.
         file, cfg, allow_pickle: as for `write_captions`, with its errors.
     """
-    tokenizer = _usable(file, cfg, allow_pickle)
-    known = StoreIndex(root) if store_exists(root) and current_snapshot(open_store(root)) else None
+    known = _current(root)
+    asked = _usable(known, file, cfg, allow_pickle)
     if known and known.details["captions"].get("source_crc32c") == file_crc32c(file):
         return
-    for video in iter_captions(file, allow_pickle, tokenizer):
+    for video in iter_captions(file, allow_pickle, asked.of_ids):
         clean_captions(video, cfg.deduplicate, Counter())
 
 
-def caption_report(index: StoreIndex, changed: bool) -> CaptionReport:
-    """The report on the captions that a snapshot holds."""
+def caption_report(index: StoreIndex, changed: bool, kept: bool = False) -> CaptionReport:
+    """The report on the captions that a snapshot holds; `kept` is for `tokenizer_kept`."""
     details: dict[str, Any] = index.details["captions"]
     captioned = np.diff(index.clip_ptr) > 0
     row_s = index.meta.provenance.window / index.meta.provenance.fps
@@ -151,6 +152,7 @@ def caption_report(index: StoreIndex, changed: bool) -> CaptionReport:
         captions_per_video=index.num_clips / max(1, int(captioned.sum())),
         tokenizer_pieces=details["tokenizer_pieces"],
         tokenizer_sha256=details["tokenizer_sha256"],
+        tokenizer_kept=kept,
     )
 
 
@@ -187,16 +189,40 @@ class _Builder:
         return Draft(snapshot_videos(parent), made, snapshot_marks(parent))
 
 
-def _usable(file: Path | None, cfg: CaptionConfig, allow_pickle: bool) -> Tokenizer | None:
-    """The tokenizer, None where one is to be trained; ConfigError where file or settings cannot be meant so."""
+class _Asked(NamedTuple):
+    """What is to be done with captions: settings whose tokenizer has a name, and that tokenizer."""
+
+    cfg: CaptionConfig
+    tokenizer: Tokenizer | None
+    """None is to be trained."""
+    kept: bool = False
+    """Whether it is the store's own, and not what would have been taken for another store."""
+
+    @property
+    def of_ids(self) -> Tokenizer | None:
+        """That word-piece ids of a file are of: one of just this store is not known to be it, and has to be said."""
+        return None if self.kept else self.tokenizer
+
+
+def _usable(known: StoreIndex | None, file: Path | None, cfg: CaptionConfig, allow_pickle: bool) -> _Asked:
+    """ConfigError where file or settings cannot be meant so."""
     if file is not None:
         require_caption_file(file, allow_pickle)
     if cfg.max_tokens > np.iinfo(np.uint16).max:
         raise ConfigError(f"max_tokens is {cfg.max_tokens}; a caption holds at most 65535")
+    if known and known.tokenizer_dir and not cfg.tokenizer:
+        name: str = known.details["captions"]["config"]["tokenizer"]
+        own = load_tokenizer(str(known.tokenizer_dir))
+        return _Asked(cfg.model_copy(update={"tokenizer": name}), own, kept=name != _BERT)
+    cfg = cfg.model_copy(update={"tokenizer": cfg.tokenizer or _BERT})
     if cfg.tokenizer.startswith(TRAIN_PREFIX):
         _train_size(cfg.tokenizer)
-        return None
-    return load_tokenizer(cfg.tokenizer)
+        return _Asked(cfg, None)
+    return _Asked(cfg, load_tokenizer(cfg.tokenizer))
+
+
+def _current(root: Root) -> StoreIndex | None:
+    return StoreIndex(root) if store_exists(root) and current_snapshot(open_store(root)) else None
 
 
 def _read_file(folder: Path, raw: Iterable[RawCaptions], cfg: CaptionConfig) -> tuple[list[Table], Counter[str]]:

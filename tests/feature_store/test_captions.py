@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -212,6 +213,30 @@ def test_a_second_file_replaces_its_own_videos_only(tmp_path: Path, two: Path) -
     tokenizer = load_tokenizer(str(index.tokenizer_dir))
     texts = [text for rows in said(index).values() for *_, text in rows]
     assert index.tokens.tolist() == [piece for text in texts for piece in tokenizer.encode(text)]
+
+
+def test_a_store_keeps_its_tokenizer_until_another_is_said(tmp_path: Path, two: Path) -> None:
+    first = write_captions(two, save(tmp_path, NARRATION), SMALL)
+    assert not first.tokenizer_kept
+    unsaid = CaptionConfig()
+    assert write_captions(two, None, unsaid) == first.model_copy(update={"changed": False, "tokenizer_kept": True})
+    other = save(tmp_path, {"c": {"start": [0], "end": [1], "text": ["unheard of before"]}}, "other.json")
+    check_caption_file(two, other, unsaid)
+    second = write_captions(two, other, unsaid)
+    assert (second.changed, second.tokenizer_kept) == (True, True)
+    assert (second.clips, second.tokenizer_sha256) == (first.clips + 1, first.tokenizer_sha256)
+    assert StoreIndex(two).details["captions"]["config"]["tokenizer"] == SMALL.tokenizer
+    said_so = write_captions(two, None, CaptionConfig(tokenizer="wordpiece:90"))
+    assert (said_so.changed, said_so.tokenizer_kept) == (True, False)
+    assert said_so.tokenizer_sha256 != first.tokenizer_sha256
+
+
+def test_ids_of_a_file_are_not_taken_for_those_of_the_store(tmp_path: Path, two: Path) -> None:
+    write_captions(two, save(tmp_path, NARRATION), SMALL)
+    file = tmp_path / "ids.pkl"
+    file.write_bytes(pickle.dumps({"c": {"start": [0], "end": [1], "cap": [[5, 6]]}}))
+    with pytest.raises(ConfigError, match="holds word-piece ids: give the tokenizer that made them"):
+        write_captions(two, file, CaptionConfig(), allow_pickle=True)
 
 
 def test_cuts(tmp_path: Path, two: Path, shared: Path) -> None:

@@ -92,10 +92,11 @@ def _caption_line(report: "CaptionReport") -> str:
     captions, videos = counted(report.clips, "caption"), counted(report.videos_with_captions, "video")
     if not report.changed:
         return f"Captions are as they were: {captions} of {videos}."
+    own = ", the store's own" if report.tokenizer_kept else ""
     return (
         f"{captions} ({report.tokens} tokens, {report.tokens_per_s:.2f} a second) of "
         f"{videos}, {report.captions_per_video:.1f} a video; "
-        f"vocabulary of {report.tokenizer_pieces} word pieces."
+        f"vocabulary of {report.tokenizer_pieces} word pieces{own}."
     )
 
 
