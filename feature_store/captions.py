@@ -4,6 +4,7 @@ A cheap step of its own: no feature is touched. The store keeps the cleaned text
 caption file, and captions of videos that it has no features of, which join their video when its features come.
 """
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -35,6 +36,7 @@ from feature_store.tokenizer import TRAIN_PREFIX, Tokenizer, load_tokenizer, tra
 from vlm_dist.errors import ConfigError, StoreError
 
 NAMED = 5
+_NEARLY = 0.9
 _BERT = "bert-base-uncased"
 
 
@@ -49,9 +51,13 @@ class CaptionReport(BaseModel):
     videos_without_captions: int
     captions_without_video: int = Field(description="Videos that have captions and no features; kept for later.")
     captions_without_video_ids: tuple[str, ...] = Field(description="The first few of them.")
-    dropped_text: int = Field(description="Captions of the file without text (empty, null, NaN), or without a token.")
+    dropped_text: int = Field(
+        description="Captions of the file without text (empty, null, NaN, no string), or without a token."
+    )
     dropped_times: int = Field(description="Captions of the file with a missing or negative end, or start >= end.")
     dropped_outside: int = Field(description="Captions that start after the end of their video.")
+    perhaps_not_seconds: bool = Field(description="Whether these are nearly all of the file whose video is there.")
+    cut: int = Field(description="Captions cut to max_chars or max_tokens, of those that were tokenised last.")
     clipped: int = Field(description="Captions that were cut at 0 or at the end of their video.")
     duplicates: int = Field(description="Captions that repeated words of the one before and were cut or dropped.")
     clips: int
@@ -143,6 +149,8 @@ def caption_report(index: StoreIndex, changed: bool, kept: bool = False) -> Capt
         dropped_text=details["no_text"],
         dropped_times=details["bad_times"],
         dropped_outside=details["outside"],
+        perhaps_not_seconds=changed and details["outside"] >= _NEARLY * details.get("with_video", math.inf) > 0,
+        cut=details.get("cut", 0),
         clipped=details["clipped"],
         duplicates=details["duplicates"],
         clips=index.num_clips,
@@ -181,9 +189,15 @@ class _Builder:
         }
         keep = all(old.details.get(name) == value for name, value in settings.items())
         dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        table, empty = tokenise(folder / "table", self.new if keep else merged, tokenizer, dtype, self.cfg)
+        table, empty, cut = tokenise(folder / "table", self.new if keep else merged, tokenizer, dtype, self.cfg)
         details: dict[str, Any] = {**self.details, **settings, "config": self.cfg.model_dump(mode="json")}
         details["no_text"] += empty
+        details["cut"] = cut
+        there = set(parent.id_list())
+        of_video = (
+            (key, n) for ids, new in self.new for key, n in zip(ids, np.diff(new.clip_ptr).tolist(), strict=True)
+        )
+        details["with_video"] = sum(n for key, n in of_video if key in there)
         tables: list[Table] = [table, *(old.tables if keep else ())]
         made = Captions(tables, folder / "tokenizer", dtype, details)
         return Draft(snapshot_videos(parent), made, snapshot_marks(parent))
