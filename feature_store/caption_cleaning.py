@@ -10,6 +10,7 @@ from feature_store.records import clean_text
 from vlm_dist.errors import StoreError
 
 _U32 = 2**32 - 1
+_FOREVER_S = 1e300
 
 
 def clean_captions(raw: RawCaptions, rule: str, counts: Counter[str]) -> list[Caption]:
@@ -20,11 +21,12 @@ def clean_captions(raw: RawCaptions, rule: str, counts: Counter[str]) -> list[Ca
         line = str(clean_text(text)).replace("\n", " ").strip() if isinstance(text, str) else ""
         if not line:
             counts["no_text"] += 1
-        elif start is None or end is None or end > _U32 or max(start, 0) >= end:
+        elif start is None or end is None or max(start, 0) >= end:
             counts["bad_times"] += 1
         else:
             counts["clipped"] += start < 0
-            captions.append(Caption(max(start, 0), end, line))
+            # No video is as long as what a column can say: the rest goes where it is cut at the end of its own.
+            captions.append(Caption(min(max(start, 0), _U32 - 1), min(end, _U32), line))
     captions.sort(key=lambda caption: caption.start)
     repeats = 0
     if rule == "words":
@@ -38,9 +40,9 @@ def clean_captions(raw: RawCaptions, rule: str, counts: Counter[str]) -> list[Ca
 
 
 def _milliseconds(video_id: str, value: object) -> int | None:
-    """A time of a caption file in whole milliseconds; None for null and NaN."""
+    """A time of a caption file in whole milliseconds, a very late one for infinity; None for null and NaN."""
     try:
         seconds = math.nan if value is None or value == "" else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         raise StoreError(f"captions of video {video_id}: {value!r:.60} is not a time in seconds") from None
-    return round(seconds * 1000) if math.isfinite(seconds) else None
+    return None if math.isnan(seconds) else round(max(-_FOREVER_S, min(seconds, _FOREVER_S)) * 1000)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast
 
 from feature_store.caption_parquet import iter_parquet
+from feature_store.files import no_plain_file
 from feature_store.pickles import SUFFIXES, PickledArray, as_text, load_pickle, require_allowed
 from feature_store.tokenizer import Tokenizer
 from vlm_dist.errors import ConfigError, StoreError
@@ -38,8 +39,8 @@ class RawCaptions(NamedTuple):
 
 def require_caption_file(file: Path, allow_pickle: bool = False) -> None:
     """ConfigError unless the file is there, its ending says what is in it, and it is no pickle or an allowed one."""
-    if not file.is_file():
-        raise ConfigError(f"caption file {file} is not there; give a file, or extract without captions")
+    if wrong := no_plain_file(file):
+        raise ConfigError(f"caption file {file} {wrong}; give {FORMS}")
     if file.suffix.lower() not in (*_TEXT_SUFFIXES, _PARQUET, *SUFFIXES):
         raise ConfigError(f"caption file {file}: the ending {file.suffix!r} is not known; give {FORMS}")
     if file.suffix.lower() in SUFFIXES:
@@ -169,7 +170,10 @@ def _iter_csv(file: Path, text: TextIO) -> Iterator[RawCaptions]:
     try:
         missing = {"video_id", "start", "end", "text"} - set(rows.fieldnames or ())
         if missing:
-            raise StoreError(f"{file} has no column {', '.join(sorted(missing))}; its first line must name the columns")
+            raise StoreError(
+                f"{file} has no column {', '.join(sorted(missing))}; its first line must name the columns, "
+                "separated by commas"
+            )
         for row in rows:
             if None in row or None in row.values():
                 what = "more" if None in row else "fewer"

@@ -36,19 +36,24 @@ def iter_videos(tables: Sequence[Table]) -> Iterator[tuple[bytes, VideoCaptions]
 
 def tokenise(
     folder: Path, tables: Sequence[Table], tokenizer: Tokenizer, dtype: str, cfg: CaptionConfig
-) -> tuple[Table, int]:
-    """Tokenises tables into one; also the number of captions that gave no token and were dropped."""
+) -> tuple[Table, int, int]:
+    """Tokenises tables into one; also how many captions gave no token and were dropped, and how many were cut."""
     writer = TableWriter(folder, dtype)
     ids: list[bytes] = []
-    dropped = 0
+    dropped = cut = 0
     for group in _groups(iter_videos(tables)):
         texts = [text[: cfg.max_chars] for _, _, lines in group for text in lines]
         encoded = iter(tokenizer.encode_many(texts))
         for key, captions, lines in group:
-            pieces = [next(encoded)[: cfg.max_tokens] for _ in lines]
+            whole = [next(encoded) for _ in lines]
+            pieces = [found[: cfg.max_tokens] for found in whole]
             ntok = np.fromiter(map(len, pieces), np.uint16, len(pieces))
             keep = ntok > 0
             dropped += int((~keep).sum())
+            cut += sum(
+                len(line) > cfg.max_chars or len(found) > cfg.max_tokens
+                for line, found in zip(lines, whole, strict=True)
+            )
             writer.append(
                 VideoCaptions(
                     captions.start_ms[keep],
@@ -61,7 +66,7 @@ def tokenise(
             )
             ids.append(key)
     arrays = writer.finish()
-    return (ids, CaptionTable.open(folder, arrays)), dropped
+    return (ids, CaptionTable.open(folder, arrays)), dropped, cut
 
 
 def _groups(

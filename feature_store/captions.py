@@ -4,11 +4,12 @@ A cheap step of its own: no feature is touched. The store keeps the cleaned text
 caption file, and captions of videos that it has no features of, which join their video when its features come.
 """
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,6 +36,8 @@ from feature_store.tokenizer import TRAIN_PREFIX, Tokenizer, load_tokenizer, tra
 from vlm_dist.errors import ConfigError, StoreError
 
 NAMED = 5
+_NEARLY = 0.9
+_BERT = "bert-base-uncased"
 
 
 class CaptionReport(BaseModel):
@@ -48,9 +51,13 @@ class CaptionReport(BaseModel):
     videos_without_captions: int
     captions_without_video: int = Field(description="Videos that have captions and no features; kept for later.")
     captions_without_video_ids: tuple[str, ...] = Field(description="The first few of them.")
-    dropped_text: int = Field(description="Captions of the file without text (empty, null, NaN), or without a token.")
+    dropped_text: int = Field(
+        description="Captions of the file without text (empty, null, NaN, no string), or without a token."
+    )
     dropped_times: int = Field(description="Captions of the file with a missing or negative end, or start >= end.")
     dropped_outside: int = Field(description="Captions that start after the end of their video.")
+    perhaps_not_seconds: bool = Field(description="Whether these are nearly all of the file whose video is there.")
+    cut: int = Field(description="Captions cut to max_chars or max_tokens, of those that were tokenised last.")
     clipped: int = Field(description="Captions that were cut at 0 or at the end of their video.")
     duplicates: int = Field(description="Captions that repeated words of the one before and were cut or dropped.")
     clips: int
@@ -60,6 +67,7 @@ class CaptionReport(BaseModel):
     captions_per_video: float = Field(description="Captions per video that has any.")
     tokenizer_pieces: int
     tokenizer_sha256: str
+    tokenizer_kept: bool = Field(description="Whether the store's own was used, as no other was asked for.")
 
 
 def write_captions(root: Root, file: Path | None, cfg: CaptionConfig, allow_pickle: bool = False) -> CaptionReport:
@@ -68,7 +76,8 @@ def write_captions(root: Root, file: Path | None, cfg: CaptionConfig, allow_pick
     Args:
         root: the store; it may hold none, some or all of the videos yet.
         file: .json, .jsonl, .csv or .pkl (see `caption_files`); None tokenises the store's own captions again.
-        cfg: cleaning and tokenising. Another tokenizer is applied to every caption of the store.
+        cfg: cleaning and tokenising. Another tokenizer is applied to every caption of the store; where none is said,
+            its own stays.
         allow_pickle: open a pickled file, restricted to data.
 
     Raises:
@@ -76,23 +85,21 @@ def write_captions(root: Root, file: Path | None, cfg: CaptionConfig, allow_pick
         StoreError: the file does not have the form (the video is named); None and the store has no captions.
     """
     meta = open_store(root)
-    tokenizer = _usable(file, cfg, allow_pickle)
+    asked = _usable(_current(root), file, cfg, allow_pickle)
     with at_work(meta, "captions"):
-        return _write(meta, file, cfg, allow_pickle, tokenizer)
+        return _write(meta, file, asked, allow_pickle)
 
 
-def _write(
-    meta: StoreMeta, file: Path | None, cfg: CaptionConfig, allow_pickle: bool, tokenizer: Tokenizer | None
-) -> CaptionReport:
-    root = meta.root
+def _write(meta: StoreMeta, file: Path | None, asked: "_Asked", allow_pickle: bool) -> CaptionReport:
+    root, cfg, tokenizer = meta.root, asked.cfg, asked.tokenizer
     finalise(root)
     before = StoreIndex(root)
     source = before.details["captions"].get("source_crc32c") if file is None else file_crc32c(file)
     if file is None:
         _require_text(before, cfg)
-    raw = iter_captions(file, allow_pickle, tokenizer) if file else None
+    raw = iter_captions(file, allow_pickle, asked.of_ids) if file else None
     if _unchanged(before, cfg, source, tokenizer):
-        return caption_report(before, changed=False)
+        return caption_report(before, changed=False, kept=asked.kept)
 
     scratch = meta.storage.scratch(scratch_name("captions"))
     try:
@@ -102,7 +109,7 @@ def _write(
             name = update_snapshot(meta, build)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return caption_report(StoreIndex(root, name), changed=True)
+    return caption_report(StoreIndex(root, name), changed=True, kept=asked.kept)
 
 
 def check_caption_file(root: Root, file: Path, cfg: CaptionConfig, allow_pickle: bool = False) -> None:
@@ -115,16 +122,16 @@ def check_caption_file(root: Root, file: Path, cfg: CaptionConfig, allow_pickle:
         root: the store; it need not be there yet.
         file, cfg, allow_pickle: as for `write_captions`, with its errors.
     """
-    tokenizer = _usable(file, cfg, allow_pickle)
-    known = StoreIndex(root) if store_exists(root) and current_snapshot(open_store(root)) else None
+    known = _current(root)
+    asked = _usable(known, file, cfg, allow_pickle)
     if known and known.details["captions"].get("source_crc32c") == file_crc32c(file):
         return
-    for video in iter_captions(file, allow_pickle, tokenizer):
+    for video in iter_captions(file, allow_pickle, asked.of_ids):
         clean_captions(video, cfg.deduplicate, Counter())
 
 
-def caption_report(index: StoreIndex, changed: bool) -> CaptionReport:
-    """The report on the captions that a snapshot holds."""
+def caption_report(index: StoreIndex, changed: bool, kept: bool = False) -> CaptionReport:
+    """The report on the captions that a snapshot holds; `kept` is for `tokenizer_kept`."""
     details: dict[str, Any] = index.details["captions"]
     captioned = np.diff(index.clip_ptr) > 0
     row_s = index.meta.provenance.window / index.meta.provenance.fps
@@ -142,6 +149,8 @@ def caption_report(index: StoreIndex, changed: bool) -> CaptionReport:
         dropped_text=details["no_text"],
         dropped_times=details["bad_times"],
         dropped_outside=details["outside"],
+        perhaps_not_seconds=changed and details["outside"] >= _NEARLY * details.get("with_video", math.inf) > 0,
+        cut=details.get("cut", 0),
         clipped=details["clipped"],
         duplicates=details["duplicates"],
         clips=index.num_clips,
@@ -151,6 +160,7 @@ def caption_report(index: StoreIndex, changed: bool) -> CaptionReport:
         captions_per_video=index.num_clips / max(1, int(captioned.sum())),
         tokenizer_pieces=details["tokenizer_pieces"],
         tokenizer_sha256=details["tokenizer_sha256"],
+        tokenizer_kept=kept,
     )
 
 
@@ -179,24 +189,54 @@ class _Builder:
         }
         keep = all(old.details.get(name) == value for name, value in settings.items())
         dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        table, empty = tokenise(folder / "table", self.new if keep else merged, tokenizer, dtype, self.cfg)
+        table, empty, cut = tokenise(folder / "table", self.new if keep else merged, tokenizer, dtype, self.cfg)
         details: dict[str, Any] = {**self.details, **settings, "config": self.cfg.model_dump(mode="json")}
         details["no_text"] += empty
+        details["cut"] = cut
+        there = set(parent.id_list())
+        of_video = (
+            (key, n) for ids, new in self.new for key, n in zip(ids, np.diff(new.clip_ptr).tolist(), strict=True)
+        )
+        details["with_video"] = sum(n for key, n in of_video if key in there)
         tables: list[Table] = [table, *(old.tables if keep else ())]
         made = Captions(tables, folder / "tokenizer", dtype, details)
         return Draft(snapshot_videos(parent), made, snapshot_marks(parent))
 
 
-def _usable(file: Path | None, cfg: CaptionConfig, allow_pickle: bool) -> Tokenizer | None:
-    """The tokenizer, None where one is to be trained; ConfigError where file or settings cannot be meant so."""
+class _Asked(NamedTuple):
+    """What is to be done with captions: settings whose tokenizer has a name, and that tokenizer."""
+
+    cfg: CaptionConfig
+    tokenizer: Tokenizer | None
+    """None is to be trained."""
+    kept: bool = False
+    """Whether it is the store's own, and not what would have been taken for another store."""
+
+    @property
+    def of_ids(self) -> Tokenizer | None:
+        """That word-piece ids of a file are of: one of just this store is not known to be it, and has to be said."""
+        return None if self.kept else self.tokenizer
+
+
+def _usable(known: StoreIndex | None, file: Path | None, cfg: CaptionConfig, allow_pickle: bool) -> _Asked:
+    """ConfigError where file or settings cannot be meant so."""
     if file is not None:
         require_caption_file(file, allow_pickle)
     if cfg.max_tokens > np.iinfo(np.uint16).max:
         raise ConfigError(f"max_tokens is {cfg.max_tokens}; a caption holds at most 65535")
+    if known and known.tokenizer_dir and not cfg.tokenizer:
+        name: str = known.details["captions"]["config"]["tokenizer"]
+        own = load_tokenizer(str(known.tokenizer_dir))
+        return _Asked(cfg.model_copy(update={"tokenizer": name}), own, kept=name != _BERT)
+    cfg = cfg.model_copy(update={"tokenizer": cfg.tokenizer or _BERT})
     if cfg.tokenizer.startswith(TRAIN_PREFIX):
         _train_size(cfg.tokenizer)
-        return None
-    return load_tokenizer(cfg.tokenizer)
+        return _Asked(cfg, None)
+    return _Asked(cfg, load_tokenizer(cfg.tokenizer))
+
+
+def _current(root: Root) -> StoreIndex | None:
+    return StoreIndex(root) if store_exists(root) and current_snapshot(open_store(root)) else None
 
 
 def _read_file(folder: Path, raw: Iterable[RawCaptions], cfg: CaptionConfig) -> tuple[list[Table], Counter[str]]:

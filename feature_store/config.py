@@ -99,8 +99,9 @@ class CaptionConfig(_Frozen):
     """How captions become token rows (cleaned, de-duplicated, WordPiece)."""
 
     tokenizer: str = Field(
-        default="bert-base-uncased",
-        description="Hugging Face name, folder with a WordPiece vocabulary, or wordpiece:N to train one of N pieces.",
+        default="",
+        description="Hugging Face name, folder with a WordPiece vocabulary, or wordpiece:N to train one of N pieces; "
+        "empty takes the store's own, which is bert-base-uncased where it has none yet.",
     )
     deduplicate: Literal["words", "reference", "off"] = Field(
         default="words",

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,17 @@ _SEAL_LENGTH = len(_SEAL % 0)
 def crc32c(data: bytes | np.ndarray, start: int = 0) -> int:
     """CRC-32C (Castagnoli) of bytes or of a C-contiguous array, continued from the checksum `start`; no copy."""
     return google_crc32c.extend(start, data)  # type: ignore[arg-type]
+
+
+def no_plain_file(path: Path) -> str:
+    """Why there is no file to be read at a path; empty where there is one. Opening a pipe would wait for its writer."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "is not there"
+    if stat.S_ISREG(mode):
+        return ""
+    return "is a folder" if stat.S_ISDIR(mode) else "is no plain file, but a pipe, a socket or a device"
 
 
 def file_crc32c(path: Path) -> int:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import numpy as np
-from numpy.lib import format as npy_format
 
 from feature_store.import_rows import RowRules
-from feature_store.npy import read_header, read_rows
+from feature_store.npy import parse_header, read_header, read_rows, require_file
 from feature_store.pickles import PickledArray, as_text, load_pickle
 from feature_store.records import clean_text
 from vlm_dist.errors import ConfigError, ExtractionError, StoreError
@@ -38,11 +37,10 @@ class NpzFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        require_file(path)
         try:
             self._archive = np.load(path, allow_pickle=False)
             names = [name.removesuffix(".npy") for name in self._archive.zip.namelist()]
-        except FileNotFoundError:
-            raise ExtractionError(f"{path} is not there", "missing") from None
         except (ValueError, EOFError, AttributeError, OSError, zipfile.BadZipFile) as error:
             raise ExtractionError(f"{path} is not an .npz file ({error})", "corrupt") from None
         self._names = {path.stem: names[0]} if len(names) == 1 and names[0] in _ONE_ARRAY else {n: n for n in names}
@@ -53,9 +51,7 @@ class NpzFile:
         name = self._names[video_id]
         try:
             with self._archive.zip.open(f"{name}.npy") as member:
-                version = npy_format.read_magic(member)
-                read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-                shape, _, dtype = read(member)
+                shape, _, dtype = parse_header(member, "it")
             rules.check_form(shape, dtype.str)
             return self._archive[name]
         except ExtractionError as error:

@@ -39,13 +39,14 @@ class StoreIndex:
         details: the rest of snapshot.json (captions, failed, parent, ...).
     """
 
-    def __init__(self, root: Root, snapshot: str = "", folder: Path | None = None) -> None:
+    def __init__(self, root: Root, snapshot: str = "", folder: Path | None = None, checked: bool = False) -> None:
         """Opens a snapshot.
 
         Args:
             root: the store.
             snapshot: of that name; empty takes the one that CURRENT names.
             folder: where the caller has it, as `Storage.copied` gives it; else the store's own, or what the node keeps.
+            checked: compare the columns with their checksums before the first id is told; opening itself reads none.
 
         Raises:
             StoreError: no store, no snapshot yet, or a damaged one.
@@ -54,6 +55,7 @@ class StoreIndex:
         self.name = snapshot or current_snapshot(self.meta)
         if not self.name:
             raise StoreError(f"{root} has no finished extraction yet: run `vlm-dist extract` on it again")
+        self._unchecked = checked
         self._tree = Tree(folder) if folder else self._find()
         self._sound(self._map)
 
@@ -105,8 +107,8 @@ class StoreIndex:
         root = self.meta.root
         return StoreError(f"{root} has no index snapshot {self.name}; run `vlm-dist store verify --repair` on it")
 
-    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
-        return type(self), (self.meta.root, self.name)
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, None, bool]]:
+        return type(self), (self.meta.root, self.name, None, self._unchecked)
 
     @property
     def folder(self) -> Path:
@@ -137,10 +139,12 @@ class StoreIndex:
 
     def video_id(self, video: int) -> str:
         """Id of a video by number."""
+        self.require_checked()
         return self._id_bytes(video).decode()
 
     def find(self, video_id: str) -> int:
         """Number of a video by id; -1 where the snapshot has no features of it."""
+        self.require_checked()
         key = video_id.encode("utf-8", "replace")
         at = bisect_left(range(self.num_videos), key, key=self._id_bytes)
         return at if at < self.num_videos and self._id_bytes(at) == key else -1
@@ -155,6 +159,7 @@ class StoreIndex:
 
     def id_list(self) -> list[bytes]:
         """All ids as UTF-8, in order: a Python object per video, so for work on the whole store only."""
+        self.require_checked()
         return unpack_ids(self._ids, self._id_ptr)
 
     def clip_text(self, clip: int) -> str:
@@ -164,6 +169,12 @@ class StoreIndex:
         before = clip - int(self.clip_ptr[video])
         start = int(captions.ntext[:before].sum(dtype=np.int64))
         return captions.text[start : start + int(captions.ntext[before])].tobytes().decode()
+
+    def require_checked(self) -> None:
+        """`check_columns`, once, where the index was opened so; StoreError as long as one differs."""
+        if self._unchecked:
+            self.check_columns()
+            self._unchecked = False
 
     def check_columns(self) -> None:
         """Compares the columns with an entry a video (who is where) with their checksums; StoreError if one differs.
@@ -262,7 +273,10 @@ def snapshot_key(name: str) -> str:
 def snapshot_details(data: bytes, where: Path | str) -> dict[str, Any]:
     """What snapshot.json says; StoreError where it is damaged. Snapshots of schema 1 have no marks."""
     marks: dict[str, Any] = {"deleted": {}, "splits": {}}
-    return marks | unseal(data, where)
+    details = marks | unseal(data, where)
+    # `files` are those of no array, with their bytes where they are known. Before it was told, a tokenizer had these.
+    tokenizer = ("vocab.txt", "tokenizer.json", "tokenizer_config.json") if details["captions"] else ()
+    return {"files": {f"tokenizer/{name}": None for name in tokenizer}} | details
 
 
 def array_groups(details: dict[str, Any]) -> dict[str, dict[str, ArrayInfo]]:

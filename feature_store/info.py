@@ -20,9 +20,14 @@ def store_info(root: Root) -> dict[str, Any]:
 
     `videos` counts ids: planned = ok + failed + open + deleted. `bytes` and `shards` are those of the commit records;
     rows, hours, clips and tokens those of the current snapshot, 0 where there is none yet.
+
+    Raises:
+        StoreError: no store, or a damaged one; the columns of the snapshot with an entry a video are compared.
     """
     meta = open_store(root)
     index = StoreIndex(root) if current_snapshot(meta) else None
+    if index:
+        index.check_columns()
     plan = read_plan(meta)
     planned = {video.video_id for segment in plan for task in segment.tasks for video in task.videos}
     deleted = {video_id.decode() for video_id in index.deleted()} if index else set[str]()

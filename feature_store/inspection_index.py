@@ -1,6 +1,6 @@
 """The index at one moment: whether its snapshots are sound, and what the commit records say (see inspection.py)."""
 
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,7 +12,7 @@ from feature_store.layout import CURRENT, SNAPSHOTS, StoreMeta
 from feature_store.problem import Kind, Problem
 from feature_store.published import Location
 from feature_store.snapshot import row_milliseconds, snapshot_names
-from feature_store.snapshot_files import derived_files, wrong_file
+from feature_store.snapshot_files import derived_files, told_files, wrong_file
 from feature_store.tokenizer import load_tokenizer
 from vlm_dist.errors import StoreUnreachableError, VlmDistError
 
@@ -51,20 +51,17 @@ class IndexInspection:
             return
         newest = self._names[-1]
         opened = self._current if self._current in self._names else newest
-        # Of the others quick looks at names and sizes: there may be many, each as large as the captions.
-        looked_at = self._names if self.deep else {newest, opened}
         sizes = {} if self.deep else self.meta.storage.sizes(SNAPSHOTS)
         for name in self._names:
             before = len(self.problems)
             try:
-                if name in looked_at:
+                # Of the others quick looks at names and sizes: there may be many, each as large as the captions.
+                if (self.deep or self._files(name, sizes)) and (self.deep or name in (newest, opened)):
                     with self._opened(name) as index:
                         self._tables(index)
                         if name == opened:  # by readers
                             self.deleted = {key.decode() for key in index.deleted()}
                             self._against_commits(index, videos, bad_shards)
-                elif wrong := wrong_file(self.meta, name, sizes):
-                    self._wrong(name, "", wrong)
             except StoreUnreachableError:
                 raise
             except FileNotFoundError:
@@ -74,6 +71,16 @@ class IndexInspection:
             if len(self.problems) > before and self._is_pruned(name):
                 del self.problems[before:]
                 self.bad = [bad for bad in self.bad if bad != name]
+
+    def _files(self, name: str, sizes: Mapping[str, int]) -> bool:
+        """Whether a snapshot has all files, by a listing, that no others tell; those that others tell are made anew."""
+        told = told_files(self.meta, name)
+        if wrong := wrong_file(self.meta, told.own, sizes):
+            self._wrong(name, "", wrong)
+        elif wrong_file(self.meta, told.derived, sizes):
+            with self._opened(name) as index:
+                self._derived(index)
+        return name not in self.bad
 
     def _look_at_current(self) -> None:
         """The first snapshot is there a moment before CURRENT is; a second one is made after it."""
@@ -140,14 +147,17 @@ class IndexInspection:
                 self._wrong(index.name, f", array {part}/{name}".replace(" /", " "), "crc32c differs")
                 if name in COLUMNS and not part:
                     self._damaged_captions(index)
-        folder = index.tokenizer_dir
-        if folder and load_tokenizer(str(folder)).sha256 != index.details["captions"]["tokenizer_sha256"]:
-            self._wrong(index.name, ", tokenizer", "is not the one that made the tokens")
-        else:
-            self._derived(index)
+        self._derived(index)
 
     def _derived(self, index: StoreIndex) -> None:
         """Files that follow from others are made anew where they lie, and the snapshot stays."""
+        folder = index.tokenizer_dir
+        if folder and not folder.is_dir():
+            self._wrong(index.name, ", tokenizer", "is missing")
+            return
+        if folder and load_tokenizer(str(folder)).sha256 != index.details["captions"]["tokenizer_sha256"]:
+            self._wrong(index.name, ", tokenizer", "is not the one that made the tokens")
+            return
         location = Location.of(self.meta.storage, snapshot_key(index.name))
         base = location.folder if location else snapshot_key(index.name)
         for name, data in derived_files(index).items():

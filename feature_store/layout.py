@@ -182,9 +182,7 @@ def wrong_metadata(meta: StoreMeta) -> dict[str, bytes]:
     """Metadata objects that are not byte for byte what they must be, by key, and what they must be."""
     storage = meta.storage
     whole = group_json(json.loads(storage.read("zarr.json"))["attributes"]["vlm_dist"])
-    right = {"zarr.json": whole, SNAPSHOTS_JSON: snapshots_json()}
-    if storage.size(COPY) is not None:  # older stores have none until somebody writes
-        right[COPY] = _copy_of(whole)
+    right = {"zarr.json": whole, SNAPSHOTS_JSON: snapshots_json(), COPY: _copy_of(whole)}
     return {key: data for key, data in right.items() if storage.size(key) is None or storage.read(key) != data}
 
 

@@ -4,12 +4,15 @@ numpy's own loader would unpickle what it finds, and map a file that another pro
 """
 
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy_format
 
+from feature_store.files import no_plain_file
 from vlm_dist.errors import ExtractionError
+
+_READERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
 
 
 class NpyHeader(NamedTuple):
@@ -32,20 +35,21 @@ def read_header(path: Path) -> NpyHeader:
         ExtractionError: no such file (`missing`), an empty one (`empty_file`), or none that numpy wrote (`corrupt`).
     """
     try:
+        require_file(path)
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
             if size == 0:
                 raise ExtractionError(f"{path} is empty", "empty_file")
-            return _parse(file, size)
-    except FileNotFoundError:
-        raise ExtractionError(f"{path} is not there", "missing") from None
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
-        if isinstance(error, ExtractionError):
-            raise
-        raise ExtractionError(f"{path} is not an .npy file ({error})", "corrupt") from None
+            return NpyHeader(*parse_header(file, str(path)), file.tell(), size)
     except OSError as error:
         raise ExtractionError(f"{path} cannot be read: {error.strerror}", "error") from error
+
+
+def require_file(path: Path) -> None:
+    """ExtractionError where no file is there (`missing`), or something that is none (`corrupt`)."""
+    if wrong := no_plain_file(path):
+        raise ExtractionError(f"{path} {wrong}", "corrupt" if path.exists() else "missing")
 
 
 def read_rows(path: Path, header: NpyHeader, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -72,14 +76,21 @@ def read_rows(path: Path, header: NpyHeader, start: int = 0, stop: int | None = 
     return flat.reshape((stop - start, *header.shape[1:]), order="F" if header.fortran else "C")
 
 
-def _parse(file: BinaryIO, size: int) -> NpyHeader:
-    version = npy_format.read_magic(file)
-    if version == (1, 0):
-        shape, fortran, dtype = npy_format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, fortran, dtype = npy_format.read_array_header_2_0(file)
-    else:
-        raise ValueError(f"its format version {version[0]}.{version[1]} is not for arrays of numbers")
-    if any(length < 0 for length in shape):
-        raise ValueError("a negative shape")
-    return NpyHeader(shape, fortran, dtype, file.tell(), size)
+def parse_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether columns lie one after another, and type of the array that begins here.
+
+    Raises:
+        ExtractionError: it is none that numpy wrote (`corrupt`).
+    """
+    try:
+        version = npy_format.read_magic(file)
+        if version not in _READERS:
+            raise ValueError(f"its format version {version[0]}.{version[1]} is not for arrays of numbers")
+        shape, fortran, dtype = _READERS[version](file)
+        if any(length < 0 for length in shape):
+            raise ValueError("a negative shape")
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header as Python, and damaged Python raises anything
+        raise ExtractionError(f"{name} is not an .npy file ({error})", "corrupt") from None
+    return shape, fortran, dtype

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from feature_store.files import no_plain_file
 from vlm_dist.errors import ConfigError, StoreError
 
 SUFFIXES = (".pkl", ".pickle", ".p")
@@ -27,10 +28,12 @@ def load_pickle(path: Path, allow: bool) -> object:
 
     Raises:
         ConfigError: `allow` is false.
-        StoreError: the file names a class or function that is not data (it is named, and nothing of it has run), or
-            it is not a whole pickle.
+        StoreError: it names a class or function that is not data (it is named, and nothing of it has run), or it is no
+            file, or not a whole pickle.
     """
     require_allowed(path, allow)
+    if wrong := no_plain_file(path):
+        raise StoreError(f"{path} {wrong}: give a pickle file")
     with path.open("rb") as file:
         try:
             # Strings of Python 2 come as bytes: the raw bytes of its arrays are such strings.

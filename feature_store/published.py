@@ -13,6 +13,7 @@ from typing import Protocol, Self
 from feature_store.files import seal, unseal
 
 SNAPSHOT_JSON = "snapshot.json"  # the file that tells what the others of a snapshot are
+SNAPSHOT_COPY = "snapshot-copy.json"  # the same again: what was deleted and split is told nowhere else
 _LOCATION = "LOCATION"
 
 

@@ -51,7 +51,7 @@ class FeatureReader:
     store is a folder.
 
     With a check, the columns that say which rows are whose are compared with their checksums once, before the first
-    read; then features and captions of a video with theirs.
+    id is told or video read; then features and captions of a video with theirs.
 
     Args:
         root: the store.
@@ -71,7 +71,7 @@ class FeatureReader:
         cache_bytes: int = 0,
         mapped: bool = False,
     ) -> None:
-        self.index = StoreIndex(root, snapshot)
+        self.index = StoreIndex(root, snapshot, checked=check != "off")
         self.meta = self.index.meta
         self._check: Check = check
         self._max_open = max_open
@@ -120,8 +120,7 @@ class FeatureReader:
         self._open.clear()
 
     def _plan(self, video: int) -> _Read:
-        if self._reads == 0 and self._check != "off":
-            self.index.check_columns()
+        self.index.require_checked()
         if not 0 <= video < self.index.num_videos:
             raise IndexError(f"there is no video {video}: the snapshot has {self.index.num_videos} (`find` gives -1)")
         n, first = int(self.index.n_rows[video]), int(self.index.row[video])

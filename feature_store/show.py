@@ -23,7 +23,7 @@ def video_facts(root: Root, video_id: str) -> dict[str, Any]:
     """
     meta = open_store(root)
     wanted = str(clean_text(video_id))
-    index = StoreIndex(root) if current_snapshot(meta) else None
+    index = StoreIndex(root, checked=True) if current_snapshot(meta) else None
     number = index.find(wanted) if index else -1
     if index and number >= 0:
         shard = int(index.shard[number])

@@ -19,13 +19,13 @@ from feature_store.at_work import SNAPSHOT, at_work
 from feature_store.caption_table import CaptionTable, TableWriter, pack_ids
 from feature_store.commit import roll_all_forward
 from feature_store.draft import Captions, Draft, Marks, VideoColumns
-from feature_store.files import disk_guard, fsync_dir, seal, write_durable
+from feature_store.files import disk_guard, fsync_dir, seal, unseal, write_durable
 from feature_store.index import STATUS_OK, StoreIndex, current_line, snapshot_key
 from feature_store.layout import CURRENT, GROUP_JSON, SNAPSHOTS, VOIDED, StoreMeta, open_store, scratch_name
 from feature_store.leftovers import VOIDED_SNAPSHOT, sweep
-from feature_store.published import SNAPSHOT_JSON
+from feature_store.published import SNAPSHOT_COPY, SNAPSHOT_JSON, Location
 from feature_store.storage import Root
-from vlm_dist.errors import StoreError
+from vlm_dist.errors import StoreError, StoreUnreachableError
 
 _SHARDING = {"shard", "row"}  # where rows lie does not change what they are: not in the fingerprint
 
@@ -127,6 +127,11 @@ def point_current(meta: StoreMeta) -> str:
         meta.storage.swap(CURRENT, now, current_line(names[-1]))
 
 
+def told_number(meta: StoreMeta) -> int:
+    """The number of the snapshot that CURRENT names, be it there or not; 0 where CURRENT is damaged or not there."""
+    return _told(meta)[1]
+
+
 def _told(meta: StoreMeta) -> tuple[bytes | None, int]:
     """What is in CURRENT, and the number that it names; 0 where it is damaged or not there."""
     try:
@@ -167,6 +172,36 @@ def row_milliseconds(meta: StoreMeta) -> int:
 def void_snapshot(meta: StoreMeta, name: str) -> None:
     """Takes a snapshot out, aside to `_voided`; its number is never used again."""
     meta.storage.move(snapshot_key(name), f"{VOIDED}/{VOIDED_SNAPSHOT}{name}")
+
+
+def recover_snapshots(meta: StoreMeta) -> list[str]:
+    """Makes a lost or damaged snapshot.json anew from its second copy, where a snapshot has one; what was done."""
+    done: list[str] = []
+    for name in snapshot_names(meta):
+        try:
+            location = Location.of(meta.storage, snapshot_key(name))
+        except StoreUnreachableError:
+            raise
+        except StoreError:  # where its files are is lost
+            continue
+        folder = location.folder if location else snapshot_key(name)
+        key = f"{folder}/{SNAPSHOT_JSON}"
+        if not _sound(meta, key) and (copy := _sound(meta, f"{folder}/{SNAPSHOT_COPY}")):
+            meta.storage.replace(key, copy)
+            done.append(f"made {key} anew from its second copy")
+    return done
+
+
+def _sound(meta: StoreMeta, key: str) -> bytes:
+    """A sealed object as it is; empty where it is damaged or lost."""
+    try:
+        data = meta.storage.read(key)
+        unseal(data, key)
+    except StoreUnreachableError:
+        raise
+    except (StoreError, FileNotFoundError):
+        return b""
+    return data
 
 
 def snapshot_videos(index: StoreIndex) -> VideoColumns:
@@ -237,10 +272,12 @@ def _write(meta: StoreMeta, folder: Path, parent: str, draft: Draft) -> None:
     splits = {name: _write_marks(folder, f"splits/{name}", ids) for name, ids in draft.marks.splits.items()}
 
     details = dict(captions.details)
+    files: dict[str, int | None] = {SNAPSHOT_COPY: None}
     if captions.tokenizer:
         shutil.copytree(captions.tokenizer, folder / "tokenizer")
         for path in (folder / "tokenizer").iterdir():
             write_durable(path, path.read_bytes())
+            files[f"tokenizer/{path.name}"] = path.stat().st_size
         fsync_dir(folder / "tokenizer")
         details |= {name: details.get(name, 0) + counts[name] for name in ("outside", "clipped")}
     body = {
@@ -251,9 +288,11 @@ def _write(meta: StoreMeta, folder: Path, parent: str, draft: Draft) -> None:
         "splits": splits,
         "failed": videos.failed,
         "captions": details,
+        "files": files,
         "fingerprint": _fingerprint(meta, arrays, details.get("tokenizer_sha256", "")),
     }
-    write_durable(folder / SNAPSHOT_JSON, seal(body))
+    for name in (SNAPSHOT_COPY, SNAPSHOT_JSON):
+        write_durable(folder / name, seal(body))
     fsync_dir(folder)
 
 
@@ -290,7 +329,7 @@ def _last_number(meta: StoreMeta) -> int:
     gone = [
         name.removeprefix(VOIDED_SNAPSHOT) for name in meta.storage.names(VOIDED) if name.startswith(VOIDED_SNAPSHOT)
     ]
-    return max(_told(meta)[1], *map(int, [*snapshot_names(meta), *gone]), 0)
+    return max(told_number(meta), *map(int, [*snapshot_names(meta), *gone]), 0)
 
 
 def _size(draft: Draft) -> int:

@@ -15,7 +15,7 @@ from feature_store.caption_table import CaptionTable, TableWriter
 from feature_store.draft import Captions, Draft, Marks, VideoColumns
 from feature_store.files import disk_guard
 from feature_store.layout import StoreMeta, scratch_name
-from feature_store.snapshot import committed_videos, publish_draft, snapshot_names
+from feature_store.snapshot import committed_videos, publish_draft, snapshot_names, told_number
 from feature_store.snapshot_parts import SnapshotParts, opened_parts
 
 _NAMED = 5
@@ -32,7 +32,8 @@ class _Told:
 def salvage_snapshot(meta: StoreMeta, bad: Sequence[str]) -> tuple[str, list[str]]:
     """Makes a new snapshot where the newest is damaged, and says what was kept and lost; takes nothing out.
 
-    Does nothing where snapshot.json itself is damaged, and an older snapshot is sound: all of it is lost.
+    Makes none where the newest itself is gone, or its snapshot.json with the copy, and an older one is sound: all of it
+    is lost.
 
     Args:
         meta: the store; all of its commit records are sound.
@@ -42,16 +43,18 @@ def salvage_snapshot(meta: StoreMeta, bad: Sequence[str]) -> tuple[str, list[str
         The new snapshot's name, empty where none was made; and what to say.
     """
     names = snapshot_names(meta)
-    if not names or names[-1] not in bad:
-        return "", []
     done: list[str] = []
+    if (gone := told_number(meta)) > max(map(int, names), default=0):
+        done.append(_all_lost(f"{gone:06d}", "its folder is gone"))
+    if not names or names[-1] not in bad:
+        return "", done
     with ExitStack() as stack:
         sources: list[SnapshotParts] = []  # newest first, down to the first that is sound
         for name in reversed(names):
             if parts := stack.enter_context(opened_parts(meta, name)):
                 sources.append(parts)
             elif not sources:
-                done.append(f"lost with snapshot {name}: what was deleted, split and said in it (snapshot.json)")
+                done.append(_all_lost(name, "snapshot.json"))
             if name not in bad:
                 break
         if not sources or sources[0].name not in bad:
@@ -202,6 +205,10 @@ class _Merge:
         if self.unknown:
             used = f" (those of {_number(self.older, 'video')} in older snapshots are used)" if self.older else ""
             told.lost.append(f"captions of {_number(self.unknown, 'video')} whose ids are damaged{used}")
+
+
+def _all_lost(name: str, why: str) -> str:
+    return f"lost with snapshot {name}: what was deleted, split and said in it ({why})"
 
 
 def _number(count: int, what: str) -> str:

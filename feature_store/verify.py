@@ -23,7 +23,7 @@ from feature_store.plan_repair import missing_segments, planned_paths, rebuild_s
 from feature_store.problem import Problem
 from feature_store.restore import restore_records
 from feature_store.salvage import salvage_shard, settled_elsewhere
-from feature_store.snapshot import finalise, snapshot_names, void_snapshot
+from feature_store.snapshot import finalise, recover_snapshots, snapshot_names, void_snapshot
 from feature_store.snapshot_salvage import salvage_snapshot
 from feature_store.storage import Root
 
@@ -65,11 +65,12 @@ def verify_store(root: Root, deep: bool = False, repair: bool = False, writers_g
         return _report(inspection, inspection.lost - inspection.deleted, [])
     with at_work(meta, REPAIR) as note:
         _require_no_writers(meta, note, writers_gone)
+        repaired = ["made zarr.json anew from the store's second copy"] if recovered else []
+        repaired += recover_snapshots(meta)
         inspection = Inspection(meta, deep, fresh=True)
         inspection.run()
         left = [name for name in meta.storage.names(SCRATCH) if name != note]  # before the look at who is writing
         _require_no_writers(meta, note, writers_gone)  # again: a deep inspection takes hours
-        repaired = ["made zarr.json anew from the store's second copy"] if recovered else []
         repaired += repair_store(inspection, left)
         lost = inspection.lost - inspection.deleted
         inspection = Inspection(meta, deep, fresh=True)

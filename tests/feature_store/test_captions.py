@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -121,11 +123,39 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path, two: Path) -> None:
         (0, 1000, "kept"),
         (0, 2000, "from the start"),
         (2500, 3000, "times as text in two lines"),
+        (3000, 12000, "x"),
         (11500, 12000, "over the end"),
     ]
-    assert (report.dropped_text, report.dropped_times, report.dropped_outside, report.clipped) == (5, 7, 1, 2)
+    assert (report.dropped_text, report.dropped_times, report.dropped_outside, report.clipped) == (5, 6, 1, 3)
     assert (report.captions_without_video, report.captions_without_video_ids) == (1, ("gone",))
     assert not verify_store(two, deep=True).problems
+
+
+@pytest.mark.parametrize("end", [1e7, 1e9, 1e30, math.inf])
+def test_an_end_beyond_any_video_is_cut(tmp_path: Path, two: Path, end: float) -> None:
+    captions = {
+        "a": {"start": [10, end], "end": [end, math.inf], "text": ["to the end", "of time"]},
+        "late": {"start": [0], "end": [end], "text": ["all the while"]},
+    }
+    report = write_captions(two, save(tmp_path, captions), SMALL)
+    assert said(StoreIndex(two))["a"] == [(10_000, 12_000, "to the end")]
+    assert (report.clipped, report.dropped_times, report.dropped_outside) == (1, end == math.inf, end != math.inf)
+    write_shards(two, {"late": features("late", 6)})
+    finalise(two)
+    assert said(StoreIndex(two))["late"] == [(0, 6000, "all the while")]
+    assert not verify_store(two, deep=True).problems
+
+
+def test_times_that_are_no_seconds_are_suspected(tmp_path: Path, two: Path) -> None:
+    write_captions(two, save(tmp_path, {"c": {"start": [0], "end": [1], "text": ["in seconds"]}}), SMALL)
+    times = list(range(0, 40_000, 1000))
+    captions = {"a": {"start": times, "end": [t + 900 for t in times], "text": [f"step {t}" for t in times]}}
+    report = write_captions(two, save(tmp_path, captions | {"gone": captions["a"]}, "ms.json"), SMALL)
+    assert (report.dropped_outside, report.perhaps_not_seconds) == (39, True)
+    seconds = [t / 1000 for t in times]
+    captions["a"] |= {"start": seconds, "end": [t + 0.9 for t in seconds]}
+    report = write_captions(two, save(tmp_path, captions, "s.json"), SMALL)
+    assert (report.dropped_outside, report.perhaps_not_seconds) == (28, False)
 
 
 def test_the_text_nan_of_a_csv_is_missing(tmp_path: Path) -> None:
@@ -213,17 +243,45 @@ def test_a_second_file_replaces_its_own_videos_only(tmp_path: Path, two: Path) -
     assert index.tokens.tolist() == [piece for text in texts for piece in tokenizer.encode(text)]
 
 
+def test_a_store_keeps_its_tokenizer_until_another_is_said(tmp_path: Path, two: Path) -> None:
+    first = write_captions(two, save(tmp_path, NARRATION), SMALL)
+    assert not first.tokenizer_kept
+    unsaid = CaptionConfig()
+    assert write_captions(two, None, unsaid) == first.model_copy(update={"changed": False, "tokenizer_kept": True})
+    other = save(tmp_path, {"c": {"start": [0], "end": [1], "text": ["unheard of before"]}}, "other.json")
+    check_caption_file(two, other, unsaid)
+    second = write_captions(two, other, unsaid)
+    assert (second.changed, second.tokenizer_kept) == (True, True)
+    assert (second.clips, second.tokenizer_sha256) == (first.clips + 1, first.tokenizer_sha256)
+    assert StoreIndex(two).details["captions"]["config"]["tokenizer"] == SMALL.tokenizer
+    said_so = write_captions(two, None, CaptionConfig(tokenizer="wordpiece:90"))
+    assert (said_so.changed, said_so.tokenizer_kept) == (True, False)
+    assert said_so.tokenizer_sha256 != first.tokenizer_sha256
+
+
+def test_ids_of_a_file_are_not_taken_for_those_of_the_store(tmp_path: Path, two: Path) -> None:
+    write_captions(two, save(tmp_path, NARRATION), SMALL)
+    file = tmp_path / "ids.pkl"
+    file.write_bytes(pickle.dumps({"c": {"start": [0], "end": [1], "cap": [[5, 6]]}}))
+    with pytest.raises(ConfigError, match="holds word-piece ids: give the tokenizer that made them"):
+        write_captions(two, file, CaptionConfig(), allow_pickle=True)
+
+
 def test_cuts(tmp_path: Path, two: Path, shared: Path) -> None:
     text = "onion " * 60
     file = save(tmp_path, {"a": {"start": [0], "end": [5], "text": [text]}})
     name = str(shared / "golden" / "bert_tiny")
     tokenizer = load_tokenizer(name)
-    write_captions(two, file, CaptionConfig(tokenizer=name, deduplicate="off", max_chars=20, max_tokens=1000))
+    report = write_captions(two, file, CaptionConfig(tokenizer=name, deduplicate="off", max_chars=20, max_tokens=1000))
+    assert report.cut == 1
     index = StoreIndex(two)
     assert index.tokens.tolist() == tokenizer.encode(text[:20])
     assert index.clip_text(0) == text.strip()
     write_captions(two, None, CaptionConfig(tokenizer=name, deduplicate="off", max_tokens=7))
     assert StoreIndex(two).tokens.tolist() == tokenizer.encode(text[:96])[:7]
+    whole = CaptionConfig(tokenizer=name, deduplicate="off", max_chars=400, max_tokens=len(tokenizer.encode(text)))
+    assert write_captions(two, None, whole.model_copy(update={"max_tokens": whole.max_tokens - 1})).cut == 1
+    assert write_captions(two, None, whole).cut == 0
 
 
 def test_the_switch_of_the_rule(tmp_path: Path, two: Path) -> None:
@@ -333,8 +391,15 @@ def test_captions_that_were_taken_out_do_not_come_back(tmp_path: Path, two: Path
 
 
 def test_wrong_usage(tmp_path: Path, two: Path) -> None:
-    with pytest.raises(ConfigError, match="is not there"):
+    with pytest.raises(ConfigError, match=r"none\.json is not there; give raw_caption\.json"):
         write_captions(two, tmp_path / "none.json", SMALL)
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, what in (("pipe.json", "is no plain file"), (".", "is a folder")):
+        with pytest.raises(ConfigError, match=f"{what}.*; give raw_caption"):
+            write_captions(two, tmp_path / name, SMALL)
+    (tmp_path / "semicolons.csv").write_text("video_id;start;end;text\na;0;1;cut it\n")
+    with pytest.raises(StoreError, match=r"no column end, start, text, video_id; .* separated by commas"):
+        write_captions(two, tmp_path / "semicolons.csv", SMALL)
     (tmp_path / "captions.txt").touch()
     with pytest.raises(ConfigError, match=r"ending '\.txt' is not known; give raw_caption\.json"):
         write_captions(two, tmp_path / "captions.txt", SMALL)

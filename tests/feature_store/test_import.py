@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,46 @@ def test_bad_arrays_are_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert_holds(tmp_path / "store", {name: 3 * rows for name, rows in ARRAYS.items()})
     again = import_arrays(tmp_path / "store", ArraySources([folder]), CFG)
     assert again.shards == 0
+
+
+def test_no_flipped_bit_of_a_header_stops_an_import(tmp_path: Path) -> None:
+    """numpy reads the header as Python: what is damaged may be no Python at all, as in the last file."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.save(folder / "whole.npy", ARRAYS["v1"])
+    whole = (folder / "whole.npy").read_bytes()
+    for bit in range(8 * 128):
+        header = bytearray(whole[:128])
+        header[bit // 8] ^= 1 << bit % 8
+        (folder / f"{bit}.npy").write_bytes(bytes(header) + whole[128:])
+    (folder / "open.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{evil" + b" " * 120)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        state = import_arrays(tmp_path / "store", ArraySources([folder]), CFG)
+    assert not told, "they would stand between the lines of a command"
+    assert state.ok + state.failed == 1026
+    found = {record.video_id: record for record in failures(tmp_path / "store")}
+    assert found["open"].reason == "corrupt"
+    assert all(f"{video_id}.npy" in record.message for video_id, record in found.items())
+    assert contents(tmp_path / "store")["whole"].tobytes() == ARRAYS["v1"].astype(np.float16).tobytes()
+
+
+@pytest.mark.parametrize("ending", [".npy", ".npz"])
+def test_what_is_no_plain_file_is_recorded(tmp_path: Path, ending: str) -> None:
+    """Opening a pipe would wait for its writer for ever."""
+    folder = npy_folder(tmp_path / "in")
+    os.mkfifo(folder / f"pipe{ending}")
+    (folder / f"null{ending}").symlink_to("/dev/null")
+    (folder / f"nowhere{ending}").symlink_to("nothing")
+    import_arrays(tmp_path / "store", ArraySources([folder]), CFG)
+    found = {record.video_id: (record.reason, record.message) for record in failures(tmp_path / "store")}
+    no_file = "is no plain file, but a pipe, a socket or a device"
+    assert found == {
+        "pipe": ("corrupt", f"{folder / f'pipe{ending}'} {no_file}"),
+        "null": ("corrupt", f"{folder / f'null{ending}'} {no_file}"),
+        "nowhere": ("missing", f"{folder / f'nowhere{ending}'} is not there"),
+    }
+    assert_holds(tmp_path / "store", ARRAYS)
 
 
 def test_no_good_array_makes_no_store(tmp_path: Path) -> None:

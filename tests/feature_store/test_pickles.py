@@ -154,6 +154,12 @@ def test_odd_pickles_are_one_error(tmp_path: Path, content: bytes, words: str) -
         load_pickle(file, allow=True)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pkl")
+    with pytest.raises(StoreError, match=r"pipe\.pkl is no plain file"):
+        load_pickle(tmp_path / "pipe.pkl", allow=True)
+
+
 def test_an_array_whose_bytes_do_not_fit_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "long.pkl"
     content = pickle.dumps(np.zeros(4, np.float32), 2)

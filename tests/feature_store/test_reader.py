@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feature_store.index import StoreIndex
+from feature_store.info import store_info
 from feature_store.marks import delete_videos
 from feature_store.reader import FeatureReader
 from feature_store.shard_source import FileShard, MappedShard, open_shard
+from feature_store.show import video_facts
 from feature_store.snapshot import finalise
 from tests.feature_store.store_tools import F, features, flip_bit, make_store, write_shards
 from vlm_dist.errors import StoreError
@@ -120,6 +123,29 @@ def test_a_wrong_offset_is_noticed(store: Path) -> None:
     for video in np.flatnonzero(np.isin(reader.index.shard, (first, second))):
         with pytest.raises(StoreError, match=reader.index.video_id(int(video))):
             reader.read(int(video))
+
+
+@pytest.mark.parametrize("column", ["video_id", "video_id_ptr"])
+def test_no_wrong_id_is_told(store: Path, column: str) -> None:
+    """Opening reads no column; the first id that is asked for is what compares them."""
+    whole = shutil.copytree(store, store.with_name("whole"))
+    flip_bit(store / "index" / StoreIndex(store).name / column / "c" / "0", 25 if column == "video_id" else 8, 1)
+    asked: list[Callable[[StoreIndex], object]] = [
+        lambda index: index.video_id(0),
+        lambda index: index.find("video-000"),
+        lambda index: index.find_many(["video-000"]),
+        lambda index: index.id_list(),
+    ]
+    for check in ("always", "sampled"):
+        for ask in asked:
+            index = pickle.loads(pickle.dumps(FeatureReader(store, check).index))
+            for _ in range(2):
+                with pytest.raises(StoreError, match=f"index array {column} in .* is damaged"):
+                    ask(index)
+    assert FeatureReader(store, "off").index.id_list() != StoreIndex(whole).id_list()
+    for ask in (store_info, lambda root: video_facts(root, "video-000")):
+        with pytest.raises(StoreError, match=f"index array {column} in .* is damaged"):
+            ask(store)
 
 
 def test_missing_short_and_empty_shards(store: Path) -> None:

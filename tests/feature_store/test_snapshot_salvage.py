@@ -10,6 +10,7 @@ import pytest
 from feature_store import verify
 from feature_store.captions import write_captions
 from feature_store.config import CaptionConfig
+from feature_store.files import seal, unseal
 from feature_store.index import StoreIndex
 from feature_store.layout import open_store
 from feature_store.marks import delete_videos, name_split
@@ -222,13 +223,94 @@ def test_files_that_are_cut_or_lost(store: str, pruned: bool) -> None:
     assert said(store) == (deleted, splits, {key: v for key, v in captions.items() if key != "v5" or not pruned})
 
 
+@pytest.mark.parametrize("damage", ["lose", "cut"])
+def test_quick_misses_no_file_that_is_lost_or_cut(store: str, damage: str) -> None:
+    """Of the newest snapshot and of the older ones, and of all else; scratch files are none of the store's."""
+    prune_store(store, keep=2)
+    files = [path for path in Path(store).rglob("*") if path.is_file() and "_staging" not in path.parts]
+    assert len(files) > 100
+    for path in files:
+        whole = path.read_bytes()
+        if damage == "lose":
+            path.unlink()
+        else:
+            path.write_bytes(whole[:-1])
+        try:
+            found = bool(verify_store(store).problems)
+        except StoreError as error:  # of zarr.json, without which there is no store
+            found = "verify --repair" in str(error)
+        assert found, path
+        path.write_bytes(whole)
+    assert not verify_store(store).problems
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_quick_repairs_what_it_finds_missing(store: str, older: bool) -> None:
+    """What follows from other files comes back as it was, and the snapshot stays."""
+    before, names = said(store), snapshot_names(open_store(store))
+    folder = Path(store, "index", names[-2 if older else -1])
+    files = ("zarr.json", "splits/tr/video_id/zarr.json", "tokenizer/tokenizer.json", "tokenizer/vocab.txt")
+    for file in files:
+        whole = (folder / file).read_bytes()
+        (folder / file).unlink()
+        assert [problem.kind for problem in verify_store(store).problems] == ["metadata"]
+        assert verify_store(store, repair=True).repaired == [f"wrote index/{folder.name}/{file} anew"]
+        assert (folder / file).read_bytes() == whole
+    assert snapshot_names(open_store(store)) == names
+    shutil.rmtree(folder / "tokenizer")  # the parent has the same one
+    assert [problem.where for problem in verify_store(store).problems] == [f"snapshot {folder.name}, tokenizer"]
+    assert not verify_store(store, repair=True).problems
+    assert said(store) == before
+
+
+def test_a_snapshot_of_before_it_told_its_files(store: str) -> None:
+    folder = Path(store, "index", StoreIndex(store).name)
+    body = unseal((folder / "snapshot.json").read_bytes(), "")
+    del body["files"]
+    (folder / "snapshot.json").write_bytes(seal(body))
+    (folder / "snapshot-copy.json").unlink()
+    assert not verify_store(store, deep=True).problems
+    assert not verify_store(store).problems
+    (folder / "tokenizer/vocab.txt").unlink()
+    assert [problem.kind for problem in verify_store(store).problems] == ["metadata"]
+
+
 def test_a_damaged_snapshot_json_loses_what_it_told(store: str) -> None:
     name = StoreIndex(store).name
-    flip_bit(Path(store, "index", name, "snapshot.json"), 99)
+    for file in ("snapshot.json", "snapshot-copy.json"):
+        flip_bit(Path(store, "index", name, file), 99)
     report = repaired(store)
     assert lost(report) == ["what was deleted, split and said in it (snapshot.json)"]
     assert "captions are those of snapshot 000005" in report.repaired
     assert said(store)[0] == []
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("damage", ["lost", "cut", "flipped"])
+def test_snapshot_json_comes_back_from_its_copy(store: str, damage: str, pruned: bool) -> None:
+    before, name = said(store), StoreIndex(store).name
+    if pruned:
+        prune_store(store)
+    path = Path(store, "index", name, "snapshot.json")
+    whole = path.read_bytes()
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(whole[:-1]) if damage == "cut" else flip_bit(path, 99)
+    assert [problem.where for problem in verify_store(store).problems] == [f"snapshot {name}"]
+    report = verify_store(store, repair=True)
+    assert not report.problems
+    assert report.repaired == [f"made index/{name}/snapshot.json anew from its second copy"]
+    assert path.read_bytes() == whole
+    assert said(store) == before
+
+
+def test_a_lost_snapshot_is_told_to_take_deletions_with_it(store: str) -> None:
+    shutil.rmtree(Path(store, "index", StoreIndex(store).name))
+    report = repaired(store)
+    assert lost(report) == ["what was deleted, split and said in it (its folder is gone)"]
+    assert said(store)[0] == []
+    assert repaired(store).repaired == [], "it is said once"
 
 
 def test_a_kill_before_the_damaged_one_is_taken_out(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

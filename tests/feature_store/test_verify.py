@@ -223,7 +223,8 @@ def test_the_newest_snapshot_is_compared_where_current_names_a_lost_one(store: P
     assert {problem.where for problem in verify_store(store).problems} == {*held, "CURRENT"}
     report = verify_store(store, repair=True)
     assert report.problems == []
-    assert report.repaired == ["wrote snapshot 000010", "wrote CURRENT anew: it names snapshot 000010"]
+    lost = "lost with snapshot 000009: what was deleted, split and said in it (its folder is gone)"
+    assert report.repaired == [lost, "wrote snapshot 000010", "wrote CURRENT anew: it names snapshot 000010"]
 
 
 def test_a_kill_before_the_first_current(store: Path) -> None:
@@ -391,6 +392,7 @@ METADATA = [
     "index/000002/tokens/zarr.json",
     "index/000002/pending/zarr.json",
     "index/000002/pending/text/zarr.json",
+    "index/000002/snapshot-copy.json",
     "index/000002/tokenizer/vocab.txt",
     "index/000002/tokenizer/tokenizer_config.json",
     "_plan/store.json",
@@ -427,10 +429,15 @@ def made_anew(store: Path, name: str, damage: str) -> None:
     assert path.read_bytes() == whole
 
 
-def test_the_copy_of_the_metadata_comes_back_where_an_older_store_has_none(store: Path) -> None:
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_copy_of_the_metadata_comes_back_where_a_store_has_none(store: Path, deep: bool) -> None:
     whole = (store / "_plan/store.json").read_bytes()
     (store / "_plan/store.json").unlink()
-    assert not verify_store(store, deep=True).problems
+    (problem,) = verify_store(store, deep=deep).problems
+    assert (problem.kind, problem.where) == ("metadata", f"{store}/_plan/store.json")
+    assert verify_store(store, deep=deep, repair=True).repaired == ["wrote _plan/store.json anew"]
+    assert (store / "_plan/store.json").read_bytes() == whole
+    (store / "_plan/store.json").unlink()
     create_store(store, provenance(), 1024)
     assert (store / "_plan/store.json").read_bytes() == whole
 

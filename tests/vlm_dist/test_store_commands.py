@@ -1,6 +1,7 @@
 """Commands on a store as they are typed: captions, delete, split, migrate, a picture, failures again, a store on S3."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -87,6 +88,23 @@ def test_captions_splits_deletions_and_a_picture(here: Path, typed: Callable[...
     assert "which videos?" in typed("store", "split", "x", code=2)
     assert "takes no videos" in typed("store", "split", "x", "v1", "--remove", code=2)
     assert typed("store", "verify", "--deep").endswith("The store is whole.\n")
+
+
+def test_what_became_of_captions_is_told(here: Path, typed: Callable[..., str]) -> None:
+    told = {f"v{n}": {"start": [9000.0, 9e4], "end": [1e300, 9.1e4], "text": ["x", "y"]} for n in range(6)}
+    told["v0"] = {"start": [0, 1, 5], "end": [math.inf, 2, 4], "text": ["word " * 200_000, 42, "backwards"]}
+    told[""] = told["\n"] = {"start": [0], "end": [1], "text": ["nobody's"]}
+    (here / "odd.json").write_text(json.dumps(told))
+    shown = typed("captions", "odd.json")
+    for line in (
+        "2 videos with captions and without features ('', '\\n' …): kept for later",
+        "1 caption without text: dropped",
+        "1 caption without times, or with an end that is not after the start: dropped",
+        "10 captions from after the end of the video: dropped (nearly all of the file: are its times seconds, or",
+        "1 caption reaching beyond the video: cut",
+        "1 caption longer than captions.max_chars or captions.max_tokens: cut",
+    ):
+        assert line in shown
 
 
 def test_a_named_split_is_what_trains(here: Path, typed: Callable[..., str]) -> None:

@@ -62,6 +62,10 @@ def test_features_come_in_and_go_out(here: Path, capsys: pytest.CaptureFixture[s
     assert info["provenance"]["extractor"] == "slowfast"
     assert info["clips"] == 4
     assert "zeros" in typed(capsys, "failures")[0]
+    (here / "more.json").write_text(json.dumps({"v4": {"start": [0], "end": [2], "text": ["cut 3 onions"]}}))
+    out, _ = typed(capsys, "import", "features", "--extractor", "slowfast", "--captions", "more.json")
+    assert "5 captions" in out
+    assert " word pieces, the store's own." in out
 
     out, _ = typed(capsys, "export", "store", "out", "--json")
     assert json.loads(out)["npy"] == 5

@@ -92,23 +92,26 @@ def _caption_line(report: "CaptionReport") -> str:
     captions, videos = counted(report.clips, "caption"), counted(report.videos_with_captions, "video")
     if not report.changed:
         return f"Captions are as they were: {captions} of {videos}."
+    own = ", the store's own" if report.tokenizer_kept else ""
     return (
         f"{captions} ({report.tokens} tokens, {report.tokens_per_s:.2f} a second) of "
         f"{videos}, {report.captions_per_video:.1f} a video; "
-        f"vocabulary of {report.tokenizer_pieces} word pieces."
+        f"vocabulary of {report.tokenizer_pieces} word pieces{own}."
     )
 
 
 def _caption_losses(report: "CaptionReport") -> list[tuple[int, str, str]]:
     """What did not become tokens, counted; only what happened."""
-    absent = ", ".join(report.captions_without_video_ids[:3])
+    absent = ", ".join(map(repr, report.captions_without_video_ids[:3]))
+    hint = " (nearly all of the file: are its times seconds, or milliseconds?)" if report.perhaps_not_seconds else ""
     counts = [
         (report.videos_without_captions, "video", "without captions: not pre-trained on"),
         (report.captions_without_video, "video", f"with captions and without features ({absent} …): kept for later"),
         (report.dropped_text, "caption", "without text: dropped"),
-        (report.dropped_times, "caption", "with an end that is not after the start: dropped"),
-        (report.dropped_outside, "caption", "from after the end of the video: dropped"),
+        (report.dropped_times, "caption", "without times, or with an end that is not after the start: dropped"),
+        (report.dropped_outside, "caption", f"from after the end of the video: dropped{hint}"),
         (report.clipped, "caption", "reaching beyond the video: cut"),
+        (report.cut, "caption", "longer than captions.max_chars or captions.max_tokens: cut"),
         (report.duplicates, "caption", "repeating the one before: cut or dropped"),
     ]
     return [(count, noun, what) for count, noun, what in counts if count]

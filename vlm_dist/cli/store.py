@@ -85,9 +85,10 @@ def verify(
 ) -> None:
     """Check a store; exit code 1 when anything is wrong.
 
-    Without --deep the structure and the newest index are checked; --deep reads all features and names each damaged
-    video, shard and chunk. --repair keeps every video that is whole, also of damaged shards. It removes what is
-    unfinished, so it is refused while somebody writes to the store. With --deep it also mends what only checksums show.
+    Without --deep the structure, the sizes of all files and the newest index are checked; --deep reads every byte and
+    names each damaged video, shard and chunk. --repair keeps every video that is whole, also of damaged shards. It
+    removes what is unfinished, so it is refused while somebody writes to the store. With --deep it also mends what only
+    checksums show.
 
     \b
     Examples:
