@@ -106,7 +106,7 @@ class SyntheticWorker:
                 else:
                     tally = tally.plus_record(attempt.add(VideoRecord(**known), rows))
             attempt.commit()
-        yield Sign(tally, 0.0, 1.0)
+        yield Sign(tally)
 
 
 def simulated(folder: Path, count: int) -> dict[str, str]:

@@ -6,12 +6,13 @@ and no further, so that the object store holds a bounded number of chunks whatev
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import queue
+import time
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from feature_store.chunks import Chunk, read_chunks
@@ -54,6 +55,9 @@ class DecodePool:
         self.size = size
         self._cfg, self._seconds = cfg, seconds
         self._hang_s = cfg.timeout_s + HANG_GRACE_S
+        here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # Its worker has asked for the cores of both.
+        self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Decoder)
         self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(size):
             self._free.put(self._start())
@@ -81,6 +85,7 @@ class DecodePool:
                     deaths += 1
                     if deaths == _START_DEATHS:
                         raise NoDecoderError(f"{deaths} decoders died before they opened a video: {error}") from error
+                    time.sleep(deaths)  # the node may be short of memory for a moment
                     decoder = self._start()
             while (item := self._next(chunks, path)) is not None:
                 if isinstance(item, VlmDistError):
@@ -89,11 +94,13 @@ class DecodePool:
                 yield item
             whole = True
         finally:
-            if not whole:  # dead, hung, or at a video that is not wanted to its end
-                with suppress(Exception):
-                    ray.kill(decoder)
-                decoder = self._start()
-            self._free.put(decoder)
+            try:
+                if not whole:  # dead, hung, or at a video that is not wanted to its end
+                    with suppress(Exception):
+                        ray.kill(decoder)
+                    decoder = self._start()
+            finally:
+                self._free.put(decoder)  # even a dead one: a reader that waits for it would wait for ever
 
     def _next(self, chunks: Any, path: str) -> Chunk | VlmDistError | None:
         """What comes next, or None at the end (and first, when the video is about to be opened)."""
@@ -105,11 +112,10 @@ class DecodePool:
             return item
         except StopIteration:
             return None
-        except RayActorError as error:
+        except RayTaskError:
+            raise  # an error of ours
+        except RayError as error:  # an actor that died, or that Ray killed because its node was out of memory
             raise DecoderLostError(str(error)) from error
 
     def _start(self) -> Any:
-        here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        # Its worker has asked for the cores of both.
-        actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Decoder)
-        return actor.remote(self._cfg, self._seconds)
+        return self._actor.remote(self._cfg, self._seconds)

@@ -14,16 +14,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
+from feature_store.decode_pool import NoDecoderError
 from feature_store.plan import ShardTask
 from feature_store.tally import Sign, Tally
-from vlm_dist.errors import ExtractionError, VlmDistError
+from vlm_dist.errors import ExtractionError, StoreUnreachableError, VlmDistError
 
 _POLL_S = 0.5
 _LOOK_S = 5.0  # between looks at the cluster's size
 _SILENCE_S = 300.0  # a worker gives a sign every few seconds; committing to a slow place may take a while
-_SHARD_DEATHS = 3  # of workers that had finished nothing of a shard (or did not start at all): the work stops
+_DEATHS = 3  # in a row, of workers that came no further with a shard than others before, or did not start
+_PAUSE_S = 60.0  # at most, before the next worker is started
+_STARTS = -1  # stands for the start of workers where deaths are counted by shard
+_NODES_OWN = (NoDecoderError, StoreUnreachableError)  # another node may do better
 _SLOW = 2.0  # times the median: a shard is then given out a second time, if there is nothing else to do
 _SLOW_S = 30.0  # but not for less
 _NOTHING = Sign(Tally())
@@ -56,36 +60,35 @@ class Dispatch:
     Args:
         start: Makes an actor with a method `ready()` that gives its node, and a streaming `extract(task)` of Signs.
         room: How many workers the cluster has place for now; asked again as time goes by.
-        on_poll: Called about twice a second.
+        on_poll: Called about twice a second, and at the end.
     """
 
     start: Callable[[], Any]
     room: Callable[[], int]
     on_poll: Callable[["Dispatch"], None]
-    tally: Tally = field(default_factory=Tally)
-    """Of the shards that are done."""
-    waiting_s: float = 0.0
-    working_s: float = 0.0
     shards: int = 0
     shards_done: int = 0
     videos: int = 0
     deaths: int = 0
     most_workers: int = 0
-    _pool: list[_Worker] = field(default_factory=list[_Worker])
-    _queue: deque[ShardTask] = field(default_factory=deque[ShardTask])
-    _done: set[int] = field(default_factory=set[int])
-    _took_s: list[float] = field(default_factory=list[float])
-    _lost: Counter[int] = field(default_factory=Counter[int])
-    _looked: float = float("-inf")
-    _room: int = 0
-    _start_after: float = float("-inf")
+    _finished: Sign = field(default=_NOTHING, init=False)
+    _pool: list[_Worker] = field(default_factory=list[_Worker], init=False)
+    _queue: deque[ShardTask] = field(default_factory=deque[ShardTask], init=False)
+    _done: set[int] = field(default_factory=set[int], init=False)
+    _took_s: list[float] = field(default_factory=list[float], init=False)
+    _lost: Counter[int] = field(default_factory=Counter[int], init=False)
+    _furthest: dict[int, int] = field(default_factory=dict[int, int], init=False)
+    _looked: float = field(default=float("-inf"), init=False)
+    _polled: float = field(default=float("-inf"), init=False)
+    _room: int = field(default=0, init=False)
+    _start_after: float = field(default=float("-inf"), init=False)
 
     def run(self, tasks: Sequence[ShardTask]) -> None:
         """Run the tasks to their end; a worker's own error ends all of it.
 
         Raises:
             VlmDistError: what a worker raised.
-            ExtractionError: workers that keep dying before they have finished anything.
+            ExtractionError: workers that keep dying without coming any further, or before they are ready.
         """
         self._queue.extend(tasks)
         self.shards += len(tasks)
@@ -97,8 +100,10 @@ class Dispatch:
             self._assign()
             self._listen()
             self._end_silent()
-            self.on_poll(self)
             left -= self._done
+            if not left or time.monotonic() - self._polled >= _POLL_S:
+                self._polled = time.monotonic()
+                self.on_poll(self)
 
     def close(self) -> None:
         """End the workers, whatever they are at."""
@@ -108,16 +113,16 @@ class Dispatch:
     @property
     def so_far(self) -> Sign:
         """Of the shards that are done and of those in work (a shard that two are at counts once)."""
-        tally, waiting_s, working_s = self.tally, self.waiting_s, self.working_s
         furthest: dict[int, Sign] = {}
         for worker in self._pool:
             if worker.task and worker.task.shard not in self._done:
                 shard, sign = worker.task.shard, worker.last
-                if shard not in furthest or furthest[shard].tally.ok < sign.tally.ok:
+                if shard not in furthest or furthest[shard].tally.tried < sign.tally.tried:
                     furthest[shard] = sign
+        total = self._finished
         for sign in furthest.values():
-            tally, waiting_s, working_s = tally.plus(sign.tally), waiting_s + sign.waiting_s, working_s + sign.working_s
-        return Sign(tally, waiting_s, working_s)
+            total = total.plus(sign)
+        return total
 
     def _fit(self) -> None:
         """Start workers where there is room and work, end those that nothing is left for; nodes may come and go."""
@@ -171,16 +176,18 @@ class Dispatch:
             if worker.starting is not None:
                 worker.node = ray.get(worker.starting)
                 worker.starting = None
+                self._lost[_STARTS] = 0
             else:
                 sign: Any = ray.get(next(worker.signs))
                 worker.last = sign
         except StopIteration:
             self._finish(worker)
         except RayTaskError as error:
-            if isinstance(error.cause, VlmDistError):
-                raise error.cause from None
-            self._bury(worker, error)  # the node's own trouble, perhaps: a broken GPU, a lost mount
-        except RayActorError as error:
+            cause = error.cause
+            if isinstance(cause, VlmDistError) and not isinstance(cause, _NODES_OWN):
+                raise cause from None
+            self._bury(worker, cause)  # the node's own trouble, perhaps: a broken GPU, a full disk
+        except RayError as error:  # it died, or Ray killed it because its node was out of memory
             self._bury(worker, error)
 
     def _finish(self, worker: _Worker) -> None:
@@ -191,29 +198,30 @@ class Dispatch:
         self._done.add(task.shard)
         self.shards_done += 1
         self._took_s.append(time.monotonic() - worker.since)
-        self.tally = self.tally.plus(worker.last.tally)
-        self.waiting_s += worker.last.waiting_s
-        self.working_s += worker.last.working_s
+        self._finished = self._finished.plus(worker.last)
         for other in [w for w in self._pool if w.task and w.task.shard == task.shard]:
             self._remove(other)
 
-    def _bury(self, worker: _Worker, error: Exception) -> None:
+    def _bury(self, worker: _Worker, error: BaseException) -> None:
         """A worker is gone: its shard is given out again, unless another is at it."""
         self.deaths += 1
         self._remove(worker)
         task = worker.task
         if task and all(other.task is not task for other in self._pool):
             self._queue.appendleft(task)
-        if worker.node in _lost_nodes() or worker.last.tally != Tally():
+        if worker.node in _lost_nodes():
             return
-        # Neither its node's fault nor without any result: it may be that nobody can do this.
-        shard = task.shard if task else -1
+        shard = task.shard if task else _STARTS
+        if task and worker.last.tally.tried > self._furthest.get(shard, 0):
+            self._furthest[shard], self._lost[shard] = worker.last.tally.tried, 0
+            return
+        # Neither its node's fault nor a step further: it may be that nobody can do this.
         self._lost[shard] += 1
-        self._start_after = time.monotonic() + self._lost[shard]
-        alone = task is not None or all(other.starting is not None for other in self._pool)
-        if self._lost[shard] >= _SHARD_DEATHS and alone:
-            where = f"shard {shard}: its worker" if task else "workers"
-            raise ExtractionError(f"{where} died {self._lost[shard]} times outside of any video: {error}")
+        self._start_after = time.monotonic() + min(_PAUSE_S, 2.0 ** (self._lost[shard] - 1))
+        if self._lost[shard] < _DEATHS or (task is None and self._pool):
+            return  # where some do not start, others may yet, or do the work
+        where = f"shard {shard}: its worker" if task else "workers"
+        raise ExtractionError(f"{where} died {self._lost[shard]} times without coming any further: {error}")
 
     def _remove(self, worker: _Worker) -> None:
         self._pool.remove(worker)

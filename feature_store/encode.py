@@ -21,7 +21,7 @@ from feature_store.decode import DecodeError, SecondsReader
 from feature_store.s3d import S3D
 from feature_store.s3d_fused import FusedS3D
 from feature_store.video_source import local_video
-from vlm_dist.errors import ExtractionError
+from vlm_dist.errors import ConfigError, ExtractionError
 
 CALIBRATION_CLIPS = 48
 _CLIPS_PER_VIDEO = 3
@@ -55,9 +55,21 @@ class Extracted(NamedTuple):
     """Wall-clock seconds that it took."""
 
 
-def clip_encoder(model: S3D, cfg: ExtractConfig, device: str = "cpu") -> FusedS3D:
-    """S3D as a config asks for it: layer and precision."""
-    return FusedS3D(model, cfg.layer, getattr(torch, cfg.precision)).to(device)
+def clip_encoder(model: S3D, cfg: ExtractConfig) -> FusedS3D:
+    """S3D as a config asks for it: layer, precision, and where it runs.
+
+    Raises:
+        ConfigError: a GPU is asked for, and this machine or its torch has none; or float16 on a CPU.
+    """
+    on_gpu = cfg.gpus_per_worker > 0
+    if cfg.precision == "float16" and not on_gpu:
+        raise ConfigError("extract.precision=float16 is for GPUs, and far slower than float32 on a CPU; use bfloat16")
+    if on_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            "extract.gpus_per_worker asks for a GPU, and torch sees none here; extract on CPUs "
+            "(--set extract.gpus_per_worker=0)"
+        )
+    return FusedS3D(model, cfg.layer, getattr(torch, cfg.precision)).to("cuda" if on_gpu else "cpu")
 
 
 @torch.inference_mode()

@@ -40,6 +40,8 @@ class ExtractProgress:
     worker_deaths: int
     waiting: float
     """Share of their time in which the encoders waited for decoding."""
+    encoded_s: int
+    """Seconds of video that went through the network, also of videos that are not finished."""
 
     @property
     def done(self) -> int:
@@ -54,7 +56,7 @@ class ExtractProgress:
     @property
     def video_seconds_per_s(self) -> float:
         """Seconds of video a second."""
-        return self.tally.seconds / max(self.elapsed_s, 1e-9)
+        return self.encoded_s / max(self.elapsed_s, 1e-9)
 
     @property
     def eta_s(self) -> float | None:
@@ -134,12 +136,11 @@ def extract_corpus(
         finalise(store)  # publishes what an interrupted run had committed
         run = _Here(store, cfg, encoder.state()) if share is None else _OnRay(store, cfg, share, encoder.state())
         run.on_progress = lambda: on_progress(run.progress(time.monotonic() - start))
-        given: Sequence[PlannedVideo] = videos
         try:
-            while tasks := plan_videos(store, given, share.workers if share else 1, retry_failed):
+            while tasks := plan_videos(store, videos, share.workers if share else 1, retry_failed):
                 run.work(tasks)
                 finalise(store)
-                given, retry_failed = (), False  # only what overflowed its shard is left to plan
+                retry_failed = False  # only what overflowed its shard is left to plan
         finally:
             run.close()
         progress = run.progress(time.monotonic() - start)
@@ -211,15 +212,13 @@ class _Here:
         for task in tasks:
             before = self._done
             for sign in self._worker.extract(task):
-                self._done = Sign(
-                    before.tally.plus(sign.tally), before.waiting_s + sign.waiting_s, before.working_s + sign.working_s
-                )
+                self._done = before.plus(sign)
                 self.on_progress()
             self._shards_done += 1
         self.on_progress()
 
     def close(self) -> None:
-        """Nothing is to be ended."""
+        self._worker.close()
 
     def progress(self, elapsed_s: float) -> ExtractProgress:
         return _progress(self._done, self._videos, self._shards, self._shards_done, elapsed_s, 0)
@@ -227,4 +226,5 @@ class _Here:
 
 def _progress(sign: Sign, videos: int, shards: int, shards_done: int, elapsed_s: float, deaths: int) -> ExtractProgress:
     waiting = sign.waiting_s / max(sign.waiting_s + sign.working_s, 1e-9)
-    return ExtractProgress(videos, sign.tally, shards, shards_done, elapsed_s, deaths, waiting)
+    once = videos - sign.tally.reasons.get("overflow", 0)  # they are in two shards
+    return ExtractProgress(once, sign.tally, shards, shards_done, elapsed_s, deaths, waiting, sign.encoded_s)

@@ -21,7 +21,7 @@ from feature_store.chunks import Chunk
 from feature_store.commit import read_commit
 from feature_store.config import ExtractConfig
 from feature_store.decode import DecodeError
-from feature_store.decode_pool import DecodePool, DecoderLostError, NoDecoderError
+from feature_store.decode_pool import HANG_GRACE_S, DecodePool, DecoderLostError, NoDecoderError
 from feature_store.encode import clip_encoder, features_from_file
 from feature_store.layout import open_store
 from feature_store.plan import PlannedVideo, ShardTask
@@ -76,12 +76,13 @@ class ShardWorker:
         self.cfg = cfg
         model = S3D()
         model.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
-        self.encoder = clip_encoder(model, cfg, "cuda" if cfg.gpus_per_worker > 0 else "cpu")
+        self.encoder = clip_encoder(model, cfg)
         # On a CPU joint batches gain nothing, and without them a video's features do not depend on its neighbours.
         join = cfg.gpus_per_worker > 0 and not cfg.deterministic
         self._shared = SharedEncoder(self.encoder, cfg.batch_seconds, join)
         self._pool = DecodePool(decoders, cfg.decode, chunk_seconds or cfg.batch_seconds) if decoders else None
-        self._spool = Spool(self.meta)
+        self._patience_s = cfg.decode.timeout_s + HANG_GRACE_S
+        self._spool = Spool(self.meta, cfg)
 
     @torch.inference_mode()
     def ready(self) -> str:
@@ -121,11 +122,16 @@ class ShardWorker:
             rows = _InOrder(attempt)
             yield from self._videos(task, rows)
             won = attempt.commit()
-        self._spool.drop(video for video in task.videos if video.video_id in rows.staged)
+        self._spool.drop(rows.spooled)
         yield self._sign(rows.tally if won else self._committed(task.shard))
 
     def _sign(self, tally: Tally) -> Sign:
-        return Sign(tally, self._shared.waiting_s, self._shared.working_s)
+        shared = self._shared
+        return Sign(tally, shared.encoded, shared.waiting_s, shared.working_s)
+
+    def close(self) -> None:
+        """End the encoder's thread; extracts no more."""
+        self._shared.close()
 
     def _committed(self, shard: int) -> Tally:
         return tally_of(read_commit(self.meta, shard).videos)
@@ -141,37 +147,41 @@ class ShardWorker:
                     done, working = wait(working, timeout=_SIGN_S, return_when=FIRST_COMPLETED)
                     for future in done:
                         future.result()
-                    if time.monotonic() - signed >= _SIGN_S:
-                        signed = time.monotonic()
+                    now = time.monotonic()
+                    # Who hears nothing for long ends this process: a video may wait for a disk that does not answer.
+                    if now - signed >= _SIGN_S and now - rows.moved < self._patience_s:
+                        signed = now
                         yield self._sign(rows.tally)
             finally:
                 rows.stopped.set()
                 threads.shutdown(wait=False, cancel_futures=True)
 
     def _video(self, place: int, video: PlannedVideo, rows: "_InOrder") -> None:
-        outcome: _Outcome | None = self._spool.get(video)
+        key = self._spool.key(video)
+        outcome: _Outcome | None = self._spool.get(key)
         if outcome is None:
-            outcome = record, features = self._tried(place, video, rows)
+            outcome = record, features = self._tried(video, rows)
             if features is not None:
-                self._spool.put(video, record, features)
-        rows.put(place, *outcome)
+                self._spool.put(key, record, features)
+        rows.put(place, *outcome, key)
 
-    def _tried(self, place: int, video: PlannedVideo, rows: "_InOrder") -> _Outcome:
+    def _tried(self, video: PlannedVideo, rows: "_InOrder") -> _Outcome:
+        known: dict[str, Any] = {"video_id": video.video_id, "path": video.path}
         for attempt in range(1, ATTEMPTS + 1):
+            known["attempts"] = attempt
             try:
-                return self._one(place, video, attempt, rows)
+                return self._one(video, known, rows)
             except DecoderLostError:
                 rows.stopped.wait(attempt)  # the node may be short of memory for a moment
-        known = {"video_id": video.video_id, "path": video.path, "attempts": ATTEMPTS}
         return _failed(known, "decoder_crash", f"{video.path}: its decoder died {ATTEMPTS} times")
 
-    def _one(self, place: int, video: PlannedVideo, attempt: int, rows: "_InOrder") -> _Outcome:
+    def _one(self, video: PlannedVideo, known: dict[str, Any], rows: "_InOrder") -> _Outcome:
         """A video's record and rows; what does not fit into what is left of its shard is not encoded to its end."""
-        known: dict[str, Any] = {"video_id": video.video_id, "path": video.path, "attempts": attempt}
 
         def look(chunk: Chunk) -> None:
             if rows.stopped.is_set():
                 raise _Stopped
+            rows.moved = time.monotonic()
             known.update(decoded_s=chunk.decoded_s, claimed_s=chunk.claimed_s)
             if not rows.may_fit(chunk.decoded_s, chunk.claimed_s):
                 raise _NoRoom
@@ -198,17 +208,19 @@ class _InOrder:
 
     Attributes:
         tally: What became of the staged videos.
-        staged: Ids of those that got rows.
+        spooled: Keys, in the spool, of those that got rows.
         stopped: Set when the attempt is over.
+        moved: When a video was last seen to come on, by the monotonic clock.
     """
 
     def __init__(self, attempt: ShardAttempt) -> None:
         self.tally = Tally()
-        self.staged: set[str] = set()
+        self.spooled: list[str] = []
         self.stopped = threading.Event()
+        self.moved = time.monotonic()
         self._attempt, self._most = attempt, attempt.room()
         self._lock = threading.Lock()
-        self._finished: dict[int, _Outcome] = {}
+        self._finished: dict[int, tuple[VideoRecord, np.ndarray | None, str]] = {}
         self._next = 0
 
     def may_fit(self, decoded_s: float, claimed_s: float) -> bool:
@@ -218,24 +230,26 @@ class _InOrder:
         # A claim may be wrong: it can put a video off until it is the first of a shard, where the truth counts.
         return math.ceil(decoded_s if room == self._most else max(decoded_s, claimed_s)) <= room
 
-    def put(self, place: int, record: VideoRecord, features: np.ndarray | None) -> None:
+    def put(self, place: int, record: VideoRecord, features: np.ndarray | None, key: str = "") -> None:
         """Take the outcome of the shard's video number `place`; raises StoreError where it cannot be written."""
+        self.moved = time.monotonic()
         with self._lock:
-            self._finished[place] = record, features
+            self._finished[place] = record, features, key
             while (outcome := self._finished.get(self._next)) is not None:
                 self._stage(*outcome)
                 del self._finished[self._next]
                 self._next += 1
 
-    def _stage(self, record: VideoRecord, features: np.ndarray | None) -> None:
+    def _stage(self, record: VideoRecord, features: np.ndarray | None, key: str) -> None:
         room = self._attempt.room()
-        if features is not None and room < self._most and math.ceil(record.claimed_s) > room:
-            # As `may_fit` would have said, had it been asked at this video's turn.
-            record, features = record.model_copy(update={"status": "overflow"}), None
+        # As `may_fit` would have said, had it been asked at this video's turn.
+        needed = record.claimed_s if features is not None else max(record.decoded_s, record.claimed_s)
+        if room < self._most and math.ceil(needed) > room:
+            record, features = record.model_copy(update={"status": "overflow", "reason": "", "message": ""}), None
         added = self._attempt.add(record, features)
         self.tally = self.tally.plus_record(added)
         if added.status == "ok":
-            self.staged.add(added.video_id)
+            self.spooled.append(key)
 
 
 def _failed(known: Mapping[str, Any], reason: str, message: str) -> _Outcome:

@@ -160,14 +160,14 @@ def _first_and_further(
     repeated: Counter[PlannedVideo] = Counter()
     for video in videos:
         clean = PlannedVideo(str(clean_text(video.video_id)), video.path)
-        if clean.video_id in given or _is_another_file(clean.path, planned.get(clean.video_id, clean.path)):
+        if clean.video_id in given or is_another_file(clean.path, planned.get(clean.video_id, clean.path)):
             repeated[clean] += 1
         else:
             given[clean.video_id] = clean.path
     return given, repeated
 
 
-def _is_another_file(path: str, planned: str) -> bool:
+def is_another_file(path: str, planned: str) -> bool:
     """Whether the planned file is still there beside this one; else the corpus has only moved."""
     if path == planned:
         return False

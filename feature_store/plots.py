@@ -47,14 +47,26 @@ def decoded_histogram(root: Root) -> tuple[np.ndarray, np.ndarray, int]:
         and how many claim nothing.
     """
     counts = np.zeros((2, len(_BINS) - 1), np.int64)
+    failed: dict[str, float] = {}  # by id, the last try of those that have no features yet
     silent = 0
     for commit in iter_commits(open_store(root)):
-        tried = [record for record in commit.videos if record.status != "overflow"]
-        for row, status in enumerate(("ok", "failed")):
-            shares = [r.decoded_s / r.claimed_s for r in tried if r.status == status and r.claimed_s > 0]
-            counts[row] += np.histogram(np.minimum(shares, _BINS[-1]), _BINS)[0]
-        silent += sum(record.claimed_s <= 0 for record in tried)
-    return counts[0], counts[1], silent
+        shares: list[float] = []
+        for record in commit.videos:
+            share = record.decoded_s / record.claimed_s if record.claimed_s > 0 else np.nan
+            if record.status == "ok":
+                failed.pop(record.video_id, None)
+                shares.append(share)
+            elif record.status == "failed":
+                failed[record.video_id] = share
+        counts[0] += _binned(shares)
+        silent += int(np.isnan(shares).sum())
+    counts[1] = _binned(list(failed.values()))
+    return counts[0], counts[1], silent + int(np.isnan(list(failed.values())).sum())
+
+
+def _binned(shares: list[float]) -> np.ndarray:
+    told = np.asarray(shares, np.float64)
+    return np.histogram(np.minimum(told[~np.isnan(told)], _BINS[-1]), _BINS)[0]
 
 
 def plot_decoded(root: Root, file: Path) -> None:
@@ -67,8 +79,12 @@ def plot_decoded(root: Root, file: Path) -> None:
     middle, width = (_BINS[1:] + _BINS[:-1]) / 2, _BINS[1]
     axes.bar(middle, ok, width, color="#3b6ea8", label=f"with features: {ok.sum():,}")
     axes.bar(middle, failed, width, bottom=ok, color="#c4442e", label=f"without: {failed.sum():,}")
-    title = f"{silent:,} more claim no length" if silent else ""
-    axes.set(xlabel="decoded / claimed seconds", ylabel="videos", yscale="symlog", ylim=(0, None), title=title)
+    title = f"{silent:,} more: no file, or none that claims a length" if silent else ""
+    top = 3 * max(1, int((ok + failed).max()))
+    axes.set(xlabel="decoded / claimed seconds", ylabel="videos", yscale="symlog", ylim=(0, top), title=title)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    for place in np.flatnonzero(ok + failed):
+        axes.annotate(f"{ok[place] + failed[place]:,}", (middle[place], (ok + failed)[place]), ha="center", va="bottom")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)

@@ -21,14 +21,15 @@ class SharedEncoder:
     its last bit with what else is in its batch; without `join`, each call is a batch of its own.
 
     Attributes:
-        waiting_s: Seconds in which the network had nothing to do, since the last `start_clock`.
+        encoded: Clips that went through the network since the last `start_clock`.
         working_s: Seconds in which it worked.
     """
 
     def __init__(self, encoder: ClipEncoder, most: int, join: bool) -> None:
         self._encoder, self._most, self._join = encoder, most, join
-        self._asked: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._held: _Asked | None = None
+        self._idle_since: float | None = time.monotonic()
         self.start_clock()
         threading.Thread(target=self._work, name="encoder", daemon=True).start()
 
@@ -37,10 +38,21 @@ class SharedEncoder:
         """Where clips must lie."""
         return self._encoder.device
 
+    @property
+    def waiting_s(self) -> float:
+        """Seconds in which the network had nothing to do since the last `start_clock`, until now."""
+        since = self._idle_since
+        return self._waited_s + (time.monotonic() - max(since, self._clock) if since is not None else 0.0)
+
     def start_clock(self) -> None:
         """Forget the times so far."""
-        self.waiting_s = self.working_s = 0.0
+        self._waited_s = self.working_s = 0.0
+        self.encoded = 0
         self._clock = time.monotonic()
+
+    def close(self) -> None:
+        """End its thread; nobody may ask any more."""
+        self._asked.put(None)
 
     def __call__(self, clips: Tensor, /) -> Tensor:
         """Tokens (B, F) float32 of clips, uint8 (B, T, H, W, 3), B <= most; blocks until they are made."""
@@ -51,32 +63,36 @@ class SharedEncoder:
 
     @torch.inference_mode()
     def _work(self) -> None:
-        while True:
-            before = time.monotonic()
-            batch = self._gather()
+        while batch := self._gather():
             begun = time.monotonic()
+            self._waited_s, self._idle_since = self.waiting_s, None
             try:
                 tokens = self._encode([clips for clips, _ in batch])
             except BaseException as error:  # whoever asked must hear of it, or would wait for ever
                 for _, answer in batch:
                     answer.set_exception(error)
             else:
-                for (clips, answer), part in zip(batch, tokens, strict=True):
-                    assert len(part) == len(clips)
+                self.encoded += sum(len(part) for part in tokens)
+                for (_, answer), part in zip(batch, tokens, strict=True):
                     answer.set_result(part)
-            self.waiting_s += max(0.0, begun - max(before, self._clock))
-            self.working_s += time.monotonic() - begun
+            self._idle_since = time.monotonic()
+            self.working_s += self._idle_since - begun
 
     def _gather(self) -> list[_Asked]:
-        batch = [self._held or self._asked.get()]
+        """What waits, up to a batch; waits for the first. Nothing once it is closed."""
+        first = self._held or self._asked.get()
         self._held = None
-        count = len(batch[0][0])
-        while self._join and not self._asked.empty():
+        batch = [first] if first else []
+        count = len(first[0]) if first else self._most
+        while self._join and not self._asked.empty() and count < self._most:
             more = self._asked.get()
-            count += len(more[0])
-            if count > self._most:
+            if more is None:
+                self._asked.put(None)
+                break
+            if count + len(more[0]) > self._most:
                 self._held = more
                 break
+            count += len(more[0])
             batch.append(more)
         return batch
 

@@ -5,7 +5,6 @@ were finished from here. Nothing depends on it: what is damaged, or of a file th
 """
 
 import io
-import shutil
 import time
 import uuid
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
+from feature_store.config import ExtractConfig
 from feature_store.files import crc32c
 from feature_store.layout import StoreMeta
 from feature_store.node_files import cache_folder, digest
@@ -23,25 +23,36 @@ from feature_store.records import VideoRecord
 from feature_store.video_source import video_identity
 from vlm_dist.errors import ExtractionError
 
-_KEEP_S = 7 * 24 * 3600.0  # extractions that nobody has gone on with for so long
+_KEEP_S = 7 * 24 * 3600.0
 
 
 class Spool:
-    """The finished videos of one store and one encoder, on this node."""
+    """The finished videos of one store and one way to encode, on this node.
 
-    def __init__(self, meta: StoreMeta) -> None:
+    A video has a key, taken before it is decoded: its file may be replaced meanwhile.
+    """
+
+    def __init__(self, meta: StoreMeta, cfg: ExtractConfig) -> None:
         base = cache_folder() / "spool"
-        self._folder = base / digest(f"{meta.storage.address}\n{meta.provenance.digest}")
+        way = f"{meta.provenance.digest}\n{cfg.deterministic} {cfg.batch_seconds}"  # what may change a last bit, too
+        self._folder = base / digest(f"{meta.storage.address}\n{way}")
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            for path in base.iterdir():
-                if time.time() - path.stat().st_mtime > _KEEP_S:
-                    shutil.rmtree(path, ignore_errors=True)
+            _sweep(base)
 
-    def put(self, video: PlannedVideo, record: VideoRecord, features: np.ndarray) -> None:
+    def key(self, video: PlannedVideo) -> str:
+        """What a video, with its file as it is now, is kept under; "" where there is no file."""
+        try:
+            identity = video_identity(video.path)
+        except ExtractionError:  # a bucket that does not answer: the video's turn will tell
+            return ""
+        return digest(f"{video.video_id}\0{video.path}\0{identity}") if identity else ""
+
+    def put(self, key: str, record: VideoRecord, features: np.ndarray) -> None:
         """Keep a finished video; a disk that is full or not writable keeps nothing."""
-        if not (path := self._path(video)):
+        if not key:
             return
+        path = self._folder / key
         file = io.BytesIO()
         np.save(file, features)
         body = record.model_dump_json().encode() + b"\n" + file.getvalue()
@@ -53,12 +64,12 @@ class Spool:
             with suppress(OSError):
                 staged.unlink()
 
-    def get(self, video: PlannedVideo) -> tuple[VideoRecord, np.ndarray] | None:
+    def get(self, key: str) -> tuple[VideoRecord, np.ndarray] | None:
         """A finished video's record and (n, F) float16 features; None where it is not here, or not whole."""
-        if not (path := self._path(video)):
+        if not key:
             return None
         try:
-            crc, _, body = path.read_bytes().partition(b"\n")
+            crc, _, body = (self._folder / key).read_bytes().partition(b"\n")
             if crc != b"%08x" % crc32c(body):
                 return None
             record, _, array = body.partition(b"\n")
@@ -66,16 +77,20 @@ class Spool:
         except (OSError, ValueError, ValidationError):
             return None
 
-    def drop(self, videos: Iterable[PlannedVideo]) -> None:
+    def drop(self, keys: Iterable[str]) -> None:
         """Forget videos, whose shard is committed."""
-        for video in videos:
-            if path := self._path(video):
-                with suppress(OSError):
-                    path.unlink()
+        for key in filter(None, keys):
+            with suppress(OSError):
+                (self._folder / key).unlink()
 
-    def _path(self, video: PlannedVideo) -> Path | None:
-        """Where a video lies; another file under the same path lies elsewhere. None where there is no file."""
-        with suppress(ExtractionError):  # a bucket that does not answer: the video's turn will tell
-            if identity := video_identity(video.path):
-                return self._folder / digest(f"{video.video_id}\0{video.path}\0{identity}")
-        return None
+
+def _sweep(base: Path) -> None:
+    """Remove what nobody has taken for a week: of shards that another node has finished, or nobody."""
+    for folder in base.iterdir():
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _KEEP_S:
+                    path.unlink()
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _KEEP_S:
+                folder.rmdir()

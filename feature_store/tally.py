@@ -17,6 +17,11 @@ class Tally(NamedTuple):
     """Failed videos by reason; `overflow` counts those that wait for a further shard."""
 
     @property
+    def tried(self) -> int:
+        """Videos that something became of, also those that wait for a further shard."""
+        return self.ok + sum(self.reasons.values())
+
+    @property
     def failed(self) -> int:
         """Videos that gave no features."""
         return sum(self.reasons.values()) - self.reasons.get("overflow", 0)
@@ -43,11 +48,22 @@ def tally_of(records: Iterable[VideoRecord]) -> Tally:
 
 
 class Sign(NamedTuple):
-    """A sign of life of a worker that is at a shard."""
+    """A sign of life of a worker that is at a shard; or the sum of many."""
 
     tally: Tally
     """The shard's videos so far."""
+    encoded_s: int = 0
+    """Seconds of video that went through the network, also of videos that are not finished."""
     waiting_s: float = 0.0
     """Seconds in which the encoder had nothing to do: it waited for decoding."""
     working_s: float = 0.0
     """Seconds in which it encoded."""
+
+    def plus(self, other: "Sign") -> "Sign":
+        """The sum of two."""
+        return Sign(
+            self.tally.plus(other.tally),
+            self.encoded_s + other.encoded_s,
+            self.waiting_s + other.waiting_s,
+            self.working_s + other.working_s,
+        )

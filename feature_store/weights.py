@@ -25,7 +25,7 @@ _SHOWN = 5  # differences that an error names before it says how many more there
 _FEW_CLIPS = 8
 
 
-def load_s3d(path: Path) -> tuple[S3D, str]:
+def load_s3d(path: Path | str) -> tuple[S3D, str]:
     """Load S3D from the public checkpoint (537 tensors; its text module is dropped) or from a store's own safetensors.
 
     Returns:
@@ -35,6 +35,7 @@ def load_s3d(path: Path) -> tuple[S3D, str]:
         ExtractionError: no such file, not a state dict, or (these are named) keys or shapes that are not S3D's, or
             values that are not finite.
     """
+    path = Path(path)
     sha256 = file_sha256(path)
     try:
         if path.suffix == ".safetensors":

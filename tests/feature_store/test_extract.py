@@ -271,7 +271,7 @@ def test_a_video_that_takes_workers_down_is_given_up(tmp_path: Path, make_video:
 def test_workers_that_cannot_start_stop_the_work(corpus: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     workers = lambda: processes_of("ShardWorker")  # noqa: E731
-    with Killer(workers, 99), pytest.raises(ExtractionError, match="outside of any video"):
+    with Killer(workers, 99), pytest.raises(ExtractionError, match="without coming any further"):
         extract_corpus(store, list_inputs([corpus]), CFG.model_copy(update={"workers": 1}), random_seed=0)
 
 

@@ -100,8 +100,8 @@ def test_rows_do_not_depend_on_who_is_finished_first(
             with ShardAttempt(Path(folder) / "s", 0) as attempt:
                 shard = _InOrder(attempt)
                 for place in places:
-                    shard.put(place, *outcomes[place])
-                assert shard.staged == {r.video_id for r in attempt._records.values() if r.status == "ok"}
+                    shard.put(place, *outcomes[place], key=f"v{place}")
+                assert shard.spooled == [r.video_id for r in attempt._records.values() if r.status == "ok"]
                 found.append((list(attempt._records.values()), shard.tally))
     assert found[0] == found[1]
     assert [record.video_id for record in found[0][0]] == [f"v{place}" for place in range(len(rows))]

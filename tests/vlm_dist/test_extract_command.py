@@ -141,7 +141,11 @@ def test_one_video_needs_no_workspace(
     assert (result["rows"], result["width"], result["nothing_to_do"]) == (2, 512, True)
     assert main(["extract", str(folder / "broken.mp4"), *small]) == 1
     assert f"error: {folder / 'broken.mp4'}: no known video format" in capsys.readouterr().err
+    assert main(["extract", str(folder / "videos" / "again" / "good.mp4"), *small]) == 1
+    assert "the id 'good' is of another video" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+    assert main(["extract", video, *small, "--npy", "--set", "extract.gpus_per_worker=1"]) == 2
+    assert "torch sees none here" in capsys.readouterr().err
 
     assert main(["extract", video, *small, "--npy", "--set", "extract.normalise=false"]) == 0
     stored = FeatureReader(tmp_path / "store").read(0).astype(np.float32)

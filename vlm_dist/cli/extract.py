@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vlm_dist.cli.context import Context
-from vlm_dist.cli.extract_file import extract_to_npy, extract_without_ray, is_lone_video, print_video
+from vlm_dist.cli.extract_file import extract_to_npy, extract_without_ray, lone_video, print_video
 from vlm_dist.cli.extract_store import extract_to_store
 from vlm_dist.cli.intake import STRICT_EXIT
 from vlm_dist.cli.options import HERE, AllowPickle, Json, Overrides, Workspace
@@ -83,9 +83,9 @@ def extract(
         if ignored := [flag for flag, value in {"--store": store, "--captions": captions}.items() if value]:
             raise ConfigError(f"--npy writes one file and no store: leave out {' and '.join(ignored)}, or --npy itself")
         result = extract_to_npy(context, paths or [], random_weights)
-    elif paths and not (store or captions or retry_failed) and is_lone_video(context, paths):
+    elif paths and not (store or captions or retry_failed) and (video := lone_video(context, paths)):
         with prose_on_stderr(as_json):
-            result = extract_without_ray(context, paths[0], random_weights)
+            result = extract_without_ray(context, video, random_weights)
     else:
         with prose_on_stderr(as_json):
             result = extract_to_store(context, paths or [], random_weights, allow_pickle, retry_failed)

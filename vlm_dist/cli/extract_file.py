@@ -11,14 +11,19 @@ from vlm_dist.errors import ConfigError, ExtractionError
 if TYPE_CHECKING:
     import numpy as np
 
+    from feature_store.plan import PlannedVideo
 
-def is_lone_video(context: Context, paths: list[Path]) -> bool:
-    """Whether this is one video file, and no workspace says where it belongs."""
-    from feature_store.manifest import MANIFEST_SUFFIXES
+
+def lone_video(context: Context, paths: list[Path]) -> "PlannedVideo | None":
+    """The video, where this is one file (or object) and no workspace says where it belongs."""
+    from feature_store.manifest import MANIFEST_SUFFIXES, list_inputs
     from vlm_dist.config import FILE
 
     one = len(paths) == 1 and not paths[0].is_dir() and paths[0].suffix.lower() not in MANIFEST_SUFFIXES
-    return one and not (context.resolved.folder / FILE).exists()
+    if not one or (context.resolved.folder / FILE).exists():
+        return None
+    videos = list_inputs(paths)
+    return videos[0] if len(videos) == 1 else None
 
 
 def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None) -> dict[str, Any]:
@@ -50,19 +55,18 @@ def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None)
     return _result(extracted.features, extracted.seconds, extracted.decoded_s, extracted.claimed_s, file=str(target))
 
 
-def extract_without_ray(context: Context, path: Path, random_seed: int | None) -> dict[str, Any]:
+def extract_without_ray(context: Context, video: "PlannedVideo", random_seed: int | None) -> dict[str, Any]:
     """One video -> the workspace's store, made or continued.
 
     Raises:
-        ExtractionError: the video gives no features; the store has its reason, too.
+        ExtractionError: the video gives no features, and the store has its reason; or its id is another video's there.
     """
     from feature_store.extract import extract_corpus
     from feature_store.index import StoreIndex
-    from feature_store.manifest import list_inputs
+    from feature_store.plan import is_another_file
     from feature_store.reader import FeatureReader
     from feature_store.show import video_facts
 
-    (video,) = list_inputs([path])
     weights = weights_file(context, random_seed)
     with progress("extract", unit="s of video") as bar:
         summary = extract_corpus(
@@ -73,13 +77,18 @@ def extract_without_ray(context: Context, path: Path, random_seed: int | None) -
             weights=weights,
             rows_per_shard=context.settings.store_layout.rows_per_shard,
             here=True,
-            on_progress=lambda state: bar.update(state.tally.seconds),
+            on_progress=lambda state: bar.update(state.encoded_s),
             on_calibration=announce_calibration,
         )
     facts = video_facts(context.store, video.video_id)
     record = facts["record"]
     if facts["state"] != "ok":
-        raise ExtractionError(record["message"] if record else f"{path}: no features; the store says {facts['state']}")
+        raise ExtractionError(record["message"] if record else f"{video.path}: the store says {facts['state']}")
+    if is_another_file(video.path, record["path"]):
+        raise ExtractionError(
+            f"{video.path}: in {context.store} the id {video.video_id!r} is of another video, {record['path']}; "
+            "name another store (--store), or give a list (.csv) with an id of its own"
+        )
     features = FeatureReader(context.store, check="always").read(StoreIndex(context.store).find(video.video_id))
     place = {"store": context.store, "video_id": video.video_id, "nothing_to_do": summary.nothing_to_do}
     return _result(features, record["seconds"], record["decoded_s"], record["claimed_s"], **place)
