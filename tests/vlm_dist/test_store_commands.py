@@ -81,6 +81,13 @@ def test_captions_splits_deletions_and_a_picture(here: Path, typed: Callable[...
     info = json.loads(typed("store", "info", "--json", "--plot", "store.png"))
     assert (info["splits"], info["videos"]["deleted"], info["videos"]["ok"]) == ({"train": 3}, 1, 5)
     assert (here / "store.png").stat().st_size > 5000
+    assert "xyz: the ending '.xyz' is not known; name it .png" in typed("store", "info", "--plot", "a.xyz", code=2)
+    (here / "full.png").symlink_to("/dev/full")
+    told = typed("store", "info", "--plot", "full.png", code=2)
+    assert "picture full.png cannot be written: No space left on device. Make room there, or name" in told
+    assert "picture absent/a.png cannot be written: No such file" in typed(
+        "store", "info", "--plot", "absent/a.png", code=2
+    )
     assert "brought back" in typed("store", "delete", "v5", "--undo")
     assert StoreIndex(here / "store").num_videos == 6
     assert typed("store", "split", "train", "--remove") == "Split train is removed.\n"
