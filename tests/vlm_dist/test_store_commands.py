@@ -114,6 +114,15 @@ def test_what_became_of_captions_is_told(here: Path, typed: Callable[..., str]) 
         assert line in shown
 
 
+def test_odd_ids_stay_in_their_row(here: Path, typed: Callable[..., str]) -> None:
+    odd = "two\nlines\x1b[31m é\u2028漢"
+    make_store(here / "odd", {odd: features("v", 3), f"{odd}?": None})
+    shown = "two\\nlines\\x1b[31m é\\u2028漢"
+    assert f"Video {shown}" in typed("store", "show", odd, "--store", "odd")
+    assert f"│ {shown}? │ corrupt" in typed("store", "failures", "odd")
+    assert json.loads(typed("store", "failures", "odd", "--json"))[0]["video_id"] == f"{odd}?"
+
+
 def test_a_named_split_is_what_trains(here: Path, typed: Callable[..., str]) -> None:
     typed("captions", "captions.json")
     only = ("pretrain", "--gpus", "0", "--set", "init=scratch", "--set", "split.only=few")
