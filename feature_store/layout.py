@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from feature_store.files import SCRATCH, crc32c, seal, unseal
 from feature_store.records import Provenance
 from feature_store.storage import Root, Storage, open_storage
-from vlm_dist.errors import StoreError
+from vlm_dist.errors import StoreError, StoreUnreachableError
 
 SCHEMA_VERSION = 2
 CHUNK_ROWS = 256
@@ -138,20 +138,35 @@ def open_store(root: Root) -> StoreMeta:
         if _is_rest(storage):
             raise StoreError(f"{root}: zarr.json of this feature store is damaged. {_RECOVER}") from None
         raise StoreError(f"{root} is not a feature store: its zarr.json is not one that vlm-dist wrote") from None
-    if version != SCHEMA_VERSION:
-        older = isinstance(version, int) and 1 <= version < SCHEMA_VERSION
-        advice = f"type `vlm-dist store migrate {root}`" if older else "open it with the vlm-dist that made it"
+    fits = sound_attributes(storage) is not None
+    older = isinstance(version, int) and 1 <= version < SCHEMA_VERSION
+    if version != SCHEMA_VERSION and (fits or not older):
+        newer = "a newer version made it; " if isinstance(version, int) and version > SCHEMA_VERSION else ""
+        advice = f"type `vlm-dist store migrate {root}`" if older else f"{newer}open it with the vlm-dist that made it"
+        doubt = "" if fits else f". Or else its zarr.json is damaged: {_RECOVER}"
         raise StoreError(
-            f"{root} has schema version {version}, and this vlm-dist reads version {SCHEMA_VERSION}: {advice}"
+            f"{root} has schema version {version}, and this vlm-dist reads version {SCHEMA_VERSION}: {advice}{doubt}"
         )
     try:
-        if attributes["vlm_dist_crc32c"] != _attributes_crc(store):
+        if not fits:
             raise ValueError("checksum")
         return StoreMeta(storage, store["rows_per_shard"], Provenance.model_validate(store["provenance"]))
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise StoreError(
             f"{storage.address}/zarr.json is damaged (its attributes do not fit their crc). {_RECOVER}"
         ) from error
+
+
+def sound_attributes(storage: Storage) -> dict[str, Any] | None:
+    """What zarr.json says of the store, of whatever schema; None where it is lost or damaged."""
+    try:
+        attributes = json.loads(storage.read("zarr.json"))["attributes"]
+        store: dict[str, Any] = attributes["vlm_dist"]
+        return store if attributes["vlm_dist_crc32c"] == _attributes_crc(store) else None
+    except StoreUnreachableError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
 
 
 def keep_copy(storage: Storage) -> None:
@@ -164,12 +179,8 @@ def keep_copy(storage: Storage) -> None:
 def recover_metadata(root: Root) -> bool:
     """Makes a lost or damaged zarr.json anew from the second copy; False where it is whole, or there is no copy."""
     storage = open_storage(root)
-    try:
-        attributes = json.loads(storage.read("zarr.json"))["attributes"]
-        if attributes["vlm_dist_crc32c"] == _attributes_crc(attributes["vlm_dist"]):
-            return False
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        pass
+    if sound_attributes(storage) is not None:
+        return False
     try:
         whole: str = unseal(storage.read(COPY), f"{storage.address}/{COPY}")["zarr.json"]
     except (FileNotFoundError, NotADirectoryError):

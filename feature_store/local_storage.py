@@ -12,6 +12,9 @@ from pathlib import Path
 
 from feature_store.files import SCRATCH, disk_guard, fsync_dir, write_durable
 from feature_store.published import Location, Tree
+from vlm_dist.errors import StoreError
+
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,20 @@ class LocalStorage:
     def path(self, key: str) -> Path:
         """The file or folder of a key."""
         return self.root / key
+
+    @contextmanager
+    def _writing(self, path: Path, needed: int) -> Generator[None]:
+        """Turns a full disk, and a store that may not be written to, into a StoreError that says what to do."""
+        try:
+            with disk_guard(path, needed):
+                yield
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            raise StoreError(
+                f"the store {self.root} cannot be written to ({error.strerror}): let this user write to its folder and "
+                "all that is in it, or work on a copy"
+            ) from error
 
     def read(self, key: str) -> bytes:
         return self.path(key).read_bytes()
@@ -69,7 +86,7 @@ class LocalStorage:
         path = self.path(key)
         # Beside the guard: a link from a folder that was swept meanwhile fails, without any window in between.
         temp = (self.path(guard).parent if guard else self.path(SCRATCH)) / f"{path.name}.{uuid.uuid4().hex}"
-        with disk_guard(path, len(data)):
+        with self._writing(path, len(data)):
             try:
                 if not guard:
                     temp.parent.mkdir(exist_ok=True)  # a copy of a store may have lost an empty folder
@@ -86,7 +103,7 @@ class LocalStorage:
     def replace(self, key: str, data: bytes) -> None:
         path = self.path(key)
         temp = self.path(SCRATCH) / f"{path.name}.{uuid.uuid4().hex}"
-        with disk_guard(path, len(data)):
+        with self._writing(path, len(data)):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temp.parent.mkdir(exist_ok=True)
@@ -109,10 +126,10 @@ class LocalStorage:
 
     def move(self, key: str, target: str) -> bool:
         source, final = self.path(key), self.path(target)
-        with disk_guard(final, 4096):
-            final.parent.mkdir(parents=True, exist_ok=True)
         try:
-            source.replace(final)
+            with self._writing(final, 4096):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                source.replace(final)
         except FileNotFoundError:
             return False
         # Up to the root: the folders on the way may be new as well.
@@ -137,7 +154,7 @@ class LocalStorage:
             path.unlink(missing_ok=True)
 
     def prepare(self, folders: Sequence[str]) -> None:
-        with disk_guard(self.path("zarr.json"), 64 << 10):
+        with self._writing(self.path("zarr.json"), 64 << 10):
             for name in folders:
                 self.path(name).mkdir(parents=True, exist_ok=True)
         fsync_dir(self.root)
@@ -146,7 +163,7 @@ class LocalStorage:
 
     def scratch(self, name: str) -> Path:
         folder = self.path(SCRATCH) / name
-        with disk_guard(folder, 4096):
+        with self._writing(folder, 4096):
             folder.parent.mkdir(exist_ok=True)  # a copy of a store may have lost an empty folder
             folder.mkdir()
         return folder

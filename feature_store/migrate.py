@@ -4,13 +4,11 @@ Schema 1: snapshots without marks. Schema 2: snapshots say which videos are dele
 a vlm-dist of schema 1 would bring deleted videos back, so it must not write to such a store.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
-from feature_store.layout import SCHEMA_VERSION, group_json, keep_copy, open_store
+from feature_store.layout import SCHEMA_VERSION, group_json, keep_copy, open_store, sound_attributes
 from feature_store.storage import Root, Storage, open_storage
-from vlm_dist.errors import StoreError
 
 
 def _nothing(storage: Storage, store: dict[str, Any]) -> None:
@@ -32,7 +30,7 @@ def migrate_store(root: Root) -> list[int]:
     storage = open_storage(root)
     done: list[int] = []
     while True:
-        store = _attributes(storage, root)
+        store = sound_attributes(storage) or {}
         version = store.get("schema_version")
         if version not in _STEPS:
             open_store(root)  # says what is wrong, if anything is
@@ -41,20 +39,6 @@ def migrate_store(root: Root) -> list[int]:
         storage.replace("zarr.json", group_json({**store, "schema_version": version + 1}))
         keep_copy(storage)
         done.append(version)
-
-
-def _attributes(storage: Storage, root: Root) -> dict[str, Any]:
-    try:
-        group = json.loads(storage.read("zarr.json"))
-        store: dict[str, Any] = group["attributes"]["vlm_dist"]
-        whole = group_json(store) == json.dumps(group, indent=2).encode()
-    except StoreError:
-        raise
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        store, whole = {}, True  # `open_store` says what it is
-    if not whole:
-        raise StoreError(f"{root}/zarr.json is damaged: restore it from a copy (its attributes do not fit their crc)")
-    return store
 
 
 assert set(_STEPS) == set(range(1, SCHEMA_VERSION)), "a step leads on from every older schema"

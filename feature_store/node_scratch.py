@@ -23,9 +23,10 @@ def node_folder(name: str) -> Path:
     base = cache_folder() / "scratch"
     with usable(base / name):
         with turn(base.name):
-            if (os.getpid(), base) not in _own:
-                _own[os.getpid(), base] = _make_own(base)
-        folder = _own[os.getpid(), base] / name
+            own = _own.get((os.getpid(), base))
+            if own is None or not own.is_dir():  # somebody may empty the cache meanwhile
+                own = _own[os.getpid(), base] = _make_own(base)
+        folder = own / name
         assert not folder.exists(), f"{folder} is in use"
         folder.mkdir()
     return folder

@@ -1,8 +1,9 @@
-"""Pictures of a store: durations, captions, and how much of each video decoded (index, commit records → PNG files)."""
+"""Pictures of a store: durations, captions, and how much of each video decoded (index, commit records → pictures)."""
 
 # pyright: reportUnknownMemberType=false
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,12 +11,21 @@ from feature_store.commit import iter_commits
 from feature_store.index import StoreIndex
 from feature_store.layout import open_store
 from feature_store.storage import Root
+from vlm_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BINS = np.linspace(0, 1.25, 51)  # of decoded over claimed seconds
 
 
 def plot_store(root: Root, file: Path) -> None:
-    """Draws the distributions of durations and of captions per video into a PNG file."""
+    """Draws the distributions of durations and of captions per video into a file.
+
+    Raises:
+        ConfigError: the file's ending is that of no picture, or it cannot be written.
+        StoreError: no store, or no snapshot in it yet.
+    """
     from matplotlib.figure import Figure  # no pyplot: it would look for a screen
 
     index = StoreIndex(root)
@@ -36,7 +46,7 @@ def plot_store(root: Root, file: Path) -> None:
             axes.legend(frameon=False)
         axes.set(xlabel=what, ylabel="videos", title=title)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 def decoded_histogram(root: Root) -> tuple[np.ndarray, np.ndarray, int]:
@@ -70,7 +80,7 @@ def _binned(shares: list[float]) -> np.ndarray:
 
 
 def plot_decoded(root: Root, file: Path) -> None:
-    """Draws `decoded_histogram` into a PNG file, on a logarithmic axis: what is broken is rare."""
+    """Draws `decoded_histogram` into a file, on a logarithmic axis: what is broken is rare. Errors as `plot_store`."""
     from matplotlib.figure import Figure
 
     ok, failed, silent = decoded_histogram(root)
@@ -87,4 +97,17 @@ def plot_decoded(root: Root, file: Path) -> None:
         axes.annotate(f"{ok[place] + failed[place]:,}", (middle[place], (ok + failed)[place]), ha="center", va="bottom")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
+
+
+def _save(figure: "Figure", file: Path) -> None:
+    """Writes a picture in the form that its ending says."""
+    form, forms = file.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
+    if form not in forms:
+        raise ConfigError(f"picture {file}: the ending {file.suffix!r} is not known; name it .png, .pdf or .svg")
+    try:
+        figure.savefig(file, dpi=120, format=form)
+    except OSError as error:
+        raise ConfigError(
+            f"picture {file} cannot be written: {error.strerror or error}. Make room there, or name another place"
+        ) from error

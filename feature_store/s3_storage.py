@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 _AT_ONCE = 16  # requests in flight, and objects read ahead
 _PART_BYTES = 16 << 20
 
+_NO_BUCKET = "Make the bucket first, which no command here does; or mend the address"
+_ENVIRONMENT = (
+    "The environment says how: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, and AWS_ENDPOINT_URL (with "
+    "AWS_ALLOW_HTTP=true for http)"
+)
+
 _used_by: int | None = None  # the process whose client threads are alive
 
 
@@ -287,10 +293,8 @@ class S3Storage:
             reason = _reason(str(error))
             if "invalid path" in reason:
                 raise ConfigError(f"{self._address}/{key} cannot be listed: {reason}; rename that object") from error
-            raise StoreUnreachableError(
-                f"{self._address}/{key} cannot be reached: {reason}. The environment says how: AWS_ACCESS_KEY_ID, "
-                "AWS_SECRET_ACCESS_KEY, AWS_REGION, and AWS_ENDPOINT_URL (with AWS_ALLOW_HTTP=true for http)"
-            ) from error
+            advice = _NO_BUCKET if "NoSuchBucket" in reason else _ENVIRONMENT
+            raise StoreUnreachableError(f"{self._address}/{key} cannot be reached: {reason}. {advice}") from error
         except VlmDistError:
             raise
         except ValueError as error:  # an empty part of a path, `..`, a line break: names that the client does not send

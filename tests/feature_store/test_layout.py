@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import zarr
 
-from feature_store.layout import create_store, default_rows_per_shard, open_store
+from feature_store.layout import create_store, default_rows_per_shard, group_json, open_store
+from feature_store.migrate import migrate_store
+from feature_store.verify import verify_store
 from tests.feature_store.store_tools import F, flip_bit, provenance
 from vlm_dist.errors import StoreError
 
@@ -58,9 +60,34 @@ def test_another_schema_version_says_what_to_do(tmp_path: Path, version: int, ad
     path = tmp_path / "zarr.json"
     group = json.loads(path.read_text())
     group["attributes"]["vlm_dist"] = {"schema_version": version, "unheard": "of"}
-    path.write_text(json.dumps(group))
+    if version == 1:  # of which this vlm-dist knows how it is checked
+        path.write_bytes(group_json(group["attributes"]["vlm_dist"]))
+    else:
+        path.write_text(json.dumps(group))
     with pytest.raises(StoreError, match=f"schema version {version}, and this vlm-dist reads version 2: .*{advice}"):
         open_store(tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 3, 99])
+def test_a_schema_version_that_was_edited_is_mended_as_is_said(tmp_path: Path, version: int) -> None:
+    create_store(tmp_path, provenance())
+    path = tmp_path / "zarr.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"schema_version": 2', b'"schema_version": %d' % version))
+    for look in (open_store, migrate_store, lambda root: verify_store(root, deep=True)):
+        with pytest.raises(StoreError, match="verify --repair` makes it anew") as told:
+            look(tmp_path)
+        assert "store migrate" not in str(told.value), "which could not do it"
+        assert ("a newer version made it; open it with the vlm-dist" in str(told.value)) == (version > 2)
+    verify_store(tmp_path, repair=True)
+    assert path.read_bytes() == whole
+
+
+def test_a_newer_store_is_left_to_its_version(tmp_path: Path) -> None:
+    (tmp_path / "zarr.json").write_bytes(group_json({"schema_version": 99}))
+    for look in (open_store, migrate_store, lambda root: verify_store(root, repair=True)):
+        with pytest.raises(StoreError, match=r"a newer version made it; open it with the vlm-dist that made it$"):
+            look(tmp_path)
 
 
 def test_damaged_attributes_are_noticed(tmp_path: Path) -> None:

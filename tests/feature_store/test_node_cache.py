@@ -365,6 +365,17 @@ def test_a_tree_that_is_gone_nevertheless_is_fetched_again(remote: str, small: C
         assert use(index)
 
 
+def test_a_cache_that_is_emptied_under_a_process_is_made_again(remote: str, small: Corpus, cache: Path) -> None:
+    reader = FeatureReader(remote, "always", cache_bytes=BUDGET)
+    del small["v5"]
+    for emptied in ("", "scratch", "trees", "shards", "locks"):
+        shutil.rmtree(cache / emptied, ignore_errors=True)
+        assert not verify_store(remote, deep=True).problems
+        shutil.rmtree(cache / emptied, ignore_errors=True)
+        assert whole(reader, small)
+        name_split(remote, f"after-{emptied}x", ["v1"])
+
+
 @pytest.mark.slow
 def test_no_descriptor_leaks(remote: str, cache: Path) -> None:
     StoreIndex(remote)

@@ -106,7 +106,7 @@ def test_lower_precision_errs_less_than_seconds_differ(shared: Path, precision: 
     files = sorted((shared / "data" / "videos").glob("*.mp4"))[:3]
     clips = [np.stack(list(islice(SecondsReader(path, cfg.decode), 4))) for path in files]
     exact = [FusedS3D(model)(torch.from_numpy(c)) for c in clips]
-    low = FusedS3D(model, precision=getattr(torch, precision))
+    low = FusedS3D(model, dtype=getattr(torch, precision))
     rounded = [low(torch.from_numpy(c)) for c in clips]
     error = torch.cat([a - b for a, b in zip(rounded, exact, strict=True)])
     bias, error = error.mean(0).norm(), (error - error.mean(0)).norm(dim=1).mean()

@@ -1,14 +1,21 @@
 """feature_store.storage: what the store asks of its place, of a folder and of a bucket alike."""
 
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from feature_store.files import SCRATCH, seal
+from feature_store.layout import create_store, open_store
+from feature_store.marks import delete_videos
 from feature_store.node_cache import ShardCache
+from feature_store.plan import PlannedVideo, plan_videos
+from feature_store.reader import FeatureReader
 from feature_store.storage import Storage, open_storage
+from tests.feature_store.store_tools import F, make_store, provenance
 from vlm_dist.errors import ConfigError, StoreError
 
 ROUNDS, CALLERS = 25, 16
@@ -171,6 +178,34 @@ def test_a_damaged_object_of_a_published_folder_is_named(bucket: str) -> None:
 def test_a_bucket_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
     with pytest.raises((StoreError, FileNotFoundError)):
         open_storage("s3://no-such-bucket/x").replace("a", b"")
+
+
+def test_a_bucket_that_is_not_there(bucket: str) -> None:
+    for write in (lambda: create_store("s3://nobody-made-it/x", provenance()), lambda: open_store("s3://nobody/x")):
+        with pytest.raises(StoreError, match=r"NoSuchBucket.*\. Make the bucket first"):
+            write()
+
+
+def test_a_store_that_may_only_be_read() -> None:
+    """The store is named, and not the scratch file that was to be written first."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(Path(folder, "store"), {"a": np.ones((3, F), np.float16)})
+        Path(folder).chmod(0o755)
+        for path in (store, *store.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        me = os.geteuid()
+        os.seteuid(me or 65534)  # root may write anywhere
+        try:
+            assert FeatureReader(store, "always").read(0).all()
+            for write in (lambda: delete_videos(store, ["a"]), lambda: plan_videos(store, [PlannedVideo("b", "")], 1)):
+                with pytest.raises(
+                    StoreError, match=r"the store .*/store cannot be written to \(Permission denied\): let"
+                ):
+                    write()
+        finally:
+            os.seteuid(me)
+            for path in (store, *store.rglob("*")):
+                path.chmod(0o755)
 
 
 def test_a_forked_process_is_told_instead_of_hanging(bucket: str) -> None:

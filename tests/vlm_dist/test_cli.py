@@ -31,8 +31,8 @@ SURFACE = {
     "doctor": [*COMMON, "--json"],
     "config show": [*COMMON, "--json"],
     "extract": [
-        *COMMON, "--allow-pickle", "--captions", "--json", "--npy", "--random-weights", "--retry-failed", "--store",
-        "--strict", "--tokenizer", "--weights", "--workers", "paths",
+        *COMMON, "--allow-pickle", "--captions", "--deterministic", "--json", "--layer", "--npy", "--random-weights",
+        "--retry-failed", "--store", "--strict", "--tokenizer", "--weights", "--workers", "paths",
     ],
     "captions": [
         *COMMON, "--allow-pickle", "--deduplicate", "--json", "--store", "--tokenizer", "file",

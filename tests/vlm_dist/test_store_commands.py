@@ -81,6 +81,13 @@ def test_captions_splits_deletions_and_a_picture(here: Path, typed: Callable[...
     info = json.loads(typed("store", "info", "--json", "--plot", "store.png"))
     assert (info["splits"], info["videos"]["deleted"], info["videos"]["ok"]) == ({"train": 3}, 1, 5)
     assert (here / "store.png").stat().st_size > 5000
+    assert "xyz: the ending '.xyz' is not known; name it .png" in typed("store", "info", "--plot", "a.xyz", code=2)
+    (here / "full.png").symlink_to("/dev/full")
+    told = typed("store", "info", "--plot", "full.png", code=2)
+    assert "picture full.png cannot be written: No space left on device. Make room there, or name" in told
+    assert "picture absent/a.png cannot be written: No such file" in typed(
+        "store", "info", "--plot", "absent/a.png", code=2
+    )
     assert "brought back" in typed("store", "delete", "v5", "--undo")
     assert StoreIndex(here / "store").num_videos == 6
     assert typed("store", "split", "train", "--remove") == "Split train is removed.\n"
@@ -105,6 +112,15 @@ def test_what_became_of_captions_is_told(here: Path, typed: Callable[..., str]) 
         "1 caption longer than captions.max_chars or captions.max_tokens: cut",
     ):
         assert line in shown
+
+
+def test_odd_ids_stay_in_their_row(here: Path, typed: Callable[..., str]) -> None:
+    odd = "two\nlines\x1b[31m é\u2028漢"
+    make_store(here / "odd", {odd: features("v", 3), f"{odd}?": None})
+    shown = "two\\nlines\\x1b[31m é\\u2028漢"
+    assert f"Video {shown}" in typed("store", "show", odd, "--store", "odd")
+    assert f"│ {shown}? │ corrupt" in typed("store", "failures", "odd")
+    assert json.loads(typed("store", "failures", "odd", "--json"))[0]["video_id"] == f"{odd}?"
 
 
 def test_a_named_split_is_what_trains(here: Path, typed: Callable[..., str]) -> None:

@@ -83,6 +83,29 @@ def test_features_come_in_and_go_out(here: Path, capsys: pytest.CaptureFixture[s
     assert sorted((run["kind"], run["status"]) for run in runs) == [("import", "FINISHED")] * 2
 
 
+@pytest.mark.usefixtures("server")
+def test_an_import_tells_of_its_own_failures(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the others one line; a file that repeats an id is counted as that wherever failures are counted."""
+    typed(capsys, "import", "features")
+    for folder, width in (("wide", 16), ("more", 32)):
+        (here / folder).mkdir()
+        for number in range(3):
+            np.save(here / folder / f"{folder}{number}.npy", np.eye(4, width, dtype=np.float32))
+    np.save(here / "more" / "v0.npy", np.eye(4, 32, dtype=np.float32))
+    out, _ = typed(capsys, "import", "wide")
+    assert "0 videos (0 s of video, 0.0 MB) imported" in out
+    assert "; 3 failed.\n" in out
+    assert "3 videos without features " in out
+    assert "The store has 1 other video without features: `vlm-dist store failures" in out
+    out, _ = typed(capsys, "import", "more")
+    assert "; 0 failed, 1 repeated an id.\n" in out
+    assert "1 video without features: 0 failed, 1 " in out  # the title is folded to the table
+    assert "wide0" not in out
+    assert "The store has 4 other videos without features" in out
+    again, _ = typed(capsys, "import", "more", "--json", "--strict", code=3)
+    assert json.loads(again)["failed"] == 1
+
+
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [

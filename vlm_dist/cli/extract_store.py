@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.cli.context import Context
-from vlm_dist.cli.intake import check_captions, print_captions, print_failures, write_captions, write_tracked_captions
+from vlm_dist.cli.intake import (
+    check_captions,
+    of_listed,
+    print_captions,
+    print_failures,
+    write_captions,
+    write_tracked_captions,
+)
 from vlm_dist.cli.output import counted, duration, print_status, print_warning, progress
 from vlm_dist.errors import ConfigError
 
@@ -94,7 +101,7 @@ def extract_to_store(
         tracker.text("\n".join(record.model_dump_json() for record in broken), "failures.jsonl")
         tracker.text(_failure_table(broken), "failures.csv")
         tracker.picture(partial(plot_decoded, context.store), "decoded.png")
-        listed = _of_listed(broken, videos)
+        listed = of_listed(broken, videos)
         _print_summary(summary, listed, time.monotonic() - started)
         print_captions(report)
         print_failures(context.store, listed, others=len(broken) - len(listed))
@@ -126,23 +133,12 @@ def _again(context: Context, videos: list["PlannedVideo"], captions: Path | None
     else:
         report, run = write_captions(context, None, allow_pickle), None
     broken = failures(context.store)
-    listed = _of_listed(broken, videos)
+    listed = of_listed(broken, videos)
     print_captions(report)
     print_failures(context.store, listed, others=len(broken) - len(listed))
     info = store_info(context.store)
     return {"store": context.store, "ok": info["videos"]["ok"], "failed": len(listed),
             "nothing_to_do": True, "fingerprint": info["fingerprint"], "run": run}  # fmt: skip
-
-
-def _of_listed(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> list["VideoRecord"]:
-    """Failures among the listed videos (all, where none is listed), repeated ones included: equal in equal runs."""
-    from feature_store.records import clean_text
-
-    if not videos:
-        return broken
-    inputs = {(clean_text(video.video_id), clean_text(video.path)) for video in videos}
-    ids = {video_id for video_id, _ in inputs}
-    return [r for r in broken if ((r.video_id, r.path) in inputs if r.reason == "duplicate" else r.video_id in ids)]
 
 
 def _progress_note(state: "ExtractProgress") -> str:

@@ -10,6 +10,7 @@ from vlm_dist.cli.output import counted, print_table, print_warning
 
 if TYPE_CHECKING:
     from feature_store.captions import CaptionReport
+    from feature_store.plan import PlannedVideo
     from feature_store.records import VideoRecord
 
 STRICT_EXIT = 3
@@ -75,17 +76,28 @@ def print_captions(report: "CaptionReport | None") -> None:
 
 
 def print_failures(store: str, broken: list["VideoRecord"], others: int = 0) -> None:
-    """A table of the first of the broken videos, and how many others the store has."""
+    """A table of the first of the broken videos and repeated inputs, and how many others the store has."""
     command = f"vlm-dist store failures {shlex.quote(store)}"
     if broken:
         reasons = Counter(record.reason for record in broken)
         rows = [(r.video_id, r.reason, r.message) for r in broken[:_SHOWN]]
         title = f"{counted(len(broken), 'video')} without features"
+        if repeated := reasons["duplicate"]:  # whose id may have features, from the file that came first
+            title += f": {len(broken) - repeated} failed, {repeated} repeated the id of another"
         print_table(("video", "reason", "what happened"), rows, title=title)
         if len(broken) > _SHOWN:
             print(f"… and {len(broken) - _SHOWN} more ({dict(reasons)}): `{command}` lists them all")
     if others:
         print(f"The store has {counted(others, 'other video')} without features: `{command}` lists all.")
+
+
+def of_listed(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> list["VideoRecord"]:
+    """Failures among the listed videos, repeated inputs included: equal in equal runs."""
+    from feature_store.records import clean_text
+
+    inputs = {(clean_text(video.video_id), clean_text(video.path)) for video in videos}
+    ids = {video_id for video_id, _ in inputs}
+    return [r for r in broken if ((r.video_id, r.path) in inputs if r.reason == "duplicate" else r.video_id in ids)]
 
 
 def _caption_line(report: "CaptionReport") -> str:

@@ -5,11 +5,13 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 _PLAIN_EVERY_S = 5.0
+_CONTROL = ("Cc", "Zl", "Zp")  # Unicode's control characters, and what ends a line or paragraph
 
 
 def print_error(message: str) -> None:
@@ -78,7 +80,8 @@ def prose_on_stderr(wanted: bool) -> Generator[None]:
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "", right: Iterable[str] = ()
 ) -> None:
-    """A table on stdout; columns named in `right` are right-aligned; texts are never read as markup."""
+    """A table on stdout; columns named in `right` are right-aligned; texts are never read as markup,
+    and their control characters are shown escaped."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -87,9 +90,14 @@ def print_table(
     for column in columns:
         table.add_column(column, justify="right" if column in set(right) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(visible(str(cell))) for cell in row))
     # A pipe or a file has no width: rows must not be folded to 80 columns there.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def visible(text: str) -> str:
+    r"""A text of others with its control characters escaped (`\n`, `\x1b`): one line, and no command to a terminal."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _CONTROL else c for c in text)
 
 
 def counted(count: int, noun: str) -> str:

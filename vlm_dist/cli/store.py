@@ -96,7 +96,7 @@ def verify(
       vlm-dist store verify my-store --deep --repair --json
     """
     from feature_store.verify import verify_store
-    from vlm_dist.cli.output import print_error, print_json, print_table
+    from vlm_dist.cli.output import print_error, print_json, print_table, visible
 
     root = store_address(store, workspace, overrides)
     report = verify_store(root, deep=deep, repair=repair, writers_gone=writers_gone)
@@ -107,7 +107,7 @@ def verify(
         for line in report.repaired:
             print(f"repaired: {line}")
         if report.to_extract:
-            some = ", ".join(report.to_extract[:_SHOWN]) + (", …" if len(report.to_extract) > _SHOWN else "")
+            some = visible(", ".join(report.to_extract[:_SHOWN])) + (", …" if len(report.to_extract) > _SHOWN else "")
             print(f"{len(report.to_extract)} videos must be extracted again: {some} (--json lists all)")
         if problems:
             print_table(("problem", "where", "what"), [(p.kind, p.where, p.message) for p in problems])
@@ -137,7 +137,7 @@ def show(
       vlm-dist store show dQw4w9WgXcQ --store s3://lab/howto --json
     """
     from feature_store.show import video_facts
-    from vlm_dist.cli.output import print_json, print_table
+    from vlm_dist.cli.output import print_json, print_table, visible
 
     facts = video_facts(store_address(store, workspace, overrides), video)
     if json:
@@ -150,7 +150,7 @@ def show(
         record["working_s"] = record.pop("seconds")
         record = {name: value for name, value in record.items() if value != 0.0 or name == "row"}
     facts |= {"captions": len(captions), **record, "provenance": provenance}
-    print_table(("", ""), _lines(facts), title=f"Video {facts['video_id']}")
+    print_table(("", ""), _lines(facts), title=f"Video {visible(facts['video_id'])}")
     if captions:
         rows = [(f"{c['start_ms'] / 1000:.1f}", f"{c['end_ms'] / 1000:.1f}", c["text"]) for c in captions]
         print_table(("start s", "end s", "text"), rows, title="Captions")

@@ -7,14 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm_dist.cli.context import Context, store_address
-from vlm_dist.cli.intake import STRICT_EXIT, check_captions, print_captions, print_failures, write_captions
+from vlm_dist.cli.intake import (
+    STRICT_EXIT,
+    check_captions,
+    of_listed,
+    print_captions,
+    print_failures,
+    write_captions,
+)
 from vlm_dist.cli.options import HERE, AllowPickle, Json, Overrides, Workspace
-from vlm_dist.cli.output import duration, print_json, print_warning, progress, prose_on_stderr
+from vlm_dist.cli.output import counted, duration, print_json, print_warning, progress, prose_on_stderr
 
 if TYPE_CHECKING:
     from feature_store.config import ImportConfig
     from feature_store.import_arrays import ImportState
     from feature_store.import_sources import ArraySources
+    from feature_store.records import VideoRecord
 
 
 def import_features(
@@ -110,15 +118,18 @@ def import_to_store(
             tracker.tags({"vlm_dist.store_fingerprint": store_info(context.store)["fingerprint"]})
             tracker.tags({"vlm_dist.store": context.store})
             tracker.text("\n".join(r.model_dump_json() for r in failures(context.store)), "failures.jsonl")
-    print_captions(report)
     broken = failures(context.store)
-    print_failures(context.store, broken)
+    listed = of_listed(broken, sources.videos)
+    if state:
+        _print_summary(state, listed)
+    print_captions(report)
+    print_failures(context.store, listed, others=len(broken) - len(listed))
     info = store_info(context.store)
     if waiting := info["videos"]["open"]:
         print_warning(f"{waiting} videos of another import are not in the store yet: type that import again")
     return {
         "store": context.store, "ok": state.ok if state else info["videos"]["ok"],
-        "failed": state.failed if state else len(broken), "nothing_to_do": state is None or state.shards == 0,
+        "failed": len(listed), "nothing_to_do": state is None or state.shards == 0,
         "rows": state.rows if state else 0, "mb_per_s": state.mb_per_s if state else 0.0,
         "fingerprint": info["fingerprint"], "run": run_id,
     }  # fmt: skip
@@ -133,12 +144,15 @@ def _import(context: Context, sources: "ArraySources", cfg: "ImportConfig", weig
             failed = f", {state.failed} failed" if state.failed else ""
             bar.update(state.ok + state.failed, f"{state.mb_per_s:.0f} MB/s{failed}", total=state.videos)
 
-        state = import_arrays(context.store, sources, cfg, weights=weights, on_progress=show)
+        return import_arrays(context.store, sources, cfg, weights=weights, on_progress=show)
+
+
+def _print_summary(state: "ImportState", listed: list["VideoRecord"]) -> None:
+    repeated = sum(record.reason == "duplicate" for record in listed)
     print(
-        f"{state.ok} videos ({duration(state.rows)} of video, {state.bytes_read / 1e6:,.1f} MB) imported and "
-        f"{state.failed} failed in {duration(state.elapsed_s)}."
+        f"{counted(state.ok, 'video')} ({duration(state.rows)} of video, {state.bytes_read / 1e6:,.1f} MB) imported in "
+        f"{duration(state.elapsed_s)}; {state.failed} failed{f', {repeated} repeated an id' if repeated else ''}."
     )
-    return state
 
 
 def export(
