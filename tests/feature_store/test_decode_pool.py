@@ -68,6 +68,7 @@ def test_a_decoder_that_dies_costs_its_video_only(pool: DecodePool, videos: list
     assert len(list(pool.read(str(videos[0])))) == 3
 
 
+@pytest.mark.slow
 def test_a_decoder_that_hangs(pool: DecodePool, videos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_hang_s", 2.0)
     chunks = begun(pool, videos[1])
@@ -102,6 +103,7 @@ def test_a_decoder_runs_no_further_ahead_than_it_may(pool: DecodePool, videos: l
     assert len(list(again)) == 9
 
 
+@pytest.mark.slow
 def test_decoders_that_never_come_to_a_video(videos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     class Dead(decode_pool.Decoder):
         def __init__(self, cfg: DecodeConfig, seconds: int) -> None:

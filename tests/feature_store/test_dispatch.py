@@ -110,6 +110,7 @@ def test_every_task_once(two: Case) -> None:
     assert done == sorted(done)
 
 
+@pytest.mark.slow
 def test_what_takes_far_longer_than_the_rest_is_given_out_again(two: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_SLOW_S", 1.0)
     two.run(6, {0: "sleep"})
@@ -118,6 +119,7 @@ def test_what_takes_far_longer_than_the_rest_is_given_out_again(two: Case, monke
     assert two.dispatch.deaths == 0
 
 
+@pytest.mark.slow
 def test_who_gives_no_sign_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_SILENCE_S", 1.0)
     one = Case(tmp_path, room=1)
@@ -127,6 +129,7 @@ def test_who_gives_no_sign_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("what", ["die", "broken GPU", "full scratch disk", "say one and die"])
+@pytest.mark.slow
 def test_a_lost_worker_is_replaced(two: Case, what: str) -> None:
     two.run(4, {0: what, 3: what})
     assert two.runs == Counter([0, 0, 1, 2, 3, 3])
@@ -165,12 +168,14 @@ def test_the_stores_own_trouble_ends_the_work(two: Case) -> None:
     assert not two.dispatch._pool
 
 
+@pytest.mark.slow
 def test_a_shard_at_which_every_worker_dies_ends_the_work(two: Case) -> None:
     (two.folder / "always-die").touch()
     with pytest.raises(ExtractionError, match=r"shard \d: its worker died 3 times without coming any further"):
         two.run(4)
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_never_finished_ends_the_work(two: Case) -> None:
     (two.folder / "always-die-after-one").touch()
     with pytest.raises(ExtractionError, match=r"shard \d: its worker died 3 times without coming any further"):
@@ -178,6 +183,7 @@ def test_a_shard_that_is_never_finished_ends_the_work(two: Case) -> None:
     assert max(two.runs.values()) == 4, "one that came further than nothing, and three that came no further"
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_start_leaves_the_others_time(tmp_path: Path) -> None:
     five = Case(tmp_path, room=5)
     (tmp_path / "first-workers-die").write_text("3")
@@ -186,6 +192,7 @@ def test_a_worker_that_does_not_start_leaves_the_others_time(tmp_path: Path) -> 
     assert five.dispatch.deaths == 3
 
 
+@pytest.mark.slow
 def test_workers_that_never_start_end_the_work(two: Case) -> None:
     (two.folder / "no-worker-starts").touch()
     with pytest.raises(ExtractionError, match=r"workers died \d times without coming any further"):

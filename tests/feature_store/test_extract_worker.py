@@ -108,6 +108,7 @@ def test_rows_do_not_depend_on_who_is_finished_first(
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_several_videos_at_once_give_the_same_shard(
     tmp_path: Path, videos: list[PlannedVideo], broken_videos: dict[str, Path]
 ) -> None:

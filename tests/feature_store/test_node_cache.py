@@ -365,6 +365,7 @@ def test_a_tree_that_is_gone_nevertheless_is_fetched_again(remote: str, small: C
         assert use(index)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_emptied_under_a_process_is_made_again(remote: str, small: Corpus, cache: Path) -> None:
     reader = FeatureReader(remote, "always", cache_bytes=BUDGET)
     del small["v5"]

@@ -96,9 +96,8 @@ def test_clips_of_a_batch_do_not_touch_each_other(model: S3D) -> None:
     assert torch.allclose(fused(clips), alone, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("precision", "share"), [("bfloat16", 0.15), pytest.param("float16", 0.02, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "share"), [("bfloat16", 0.15), ("float16", 0.02)])
 def test_lower_precision_errs_less_than_seconds_differ(shared: Path, precision: str, share: float) -> None:
     """Real video, the reference's weights: centred, the error is small beside what tells neighbouring seconds apart."""
     cfg = ExtractConfig(decode=DecodeConfig(size=112))

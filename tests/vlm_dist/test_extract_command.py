@@ -58,6 +58,7 @@ def test_wrong_usage_is_found_before_the_work(folder: Path, capsys: pytest.Captu
     assert not (folder / "store").exists()
 
 
+@pytest.mark.slow
 def test_equal_runs_end_with_equal_codes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     videos, good, broken = (str(folder / name) for name in ("videos", "videos/again/good.mp4", "broken.mp4"))
     strict = ("--random-weights", "0", "--strict")
