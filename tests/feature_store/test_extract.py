@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from feature_store import dispatch
 from feature_store.at_work import require_no_writers
 from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.encoder import kept_weights, prepare_encoder
@@ -360,7 +361,8 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_with_a_valid_store(corpus: Path, tiny_disk: Path) -> None:
+def test_a_full_disk_stops_with_a_valid_store(corpus: Path, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_POLL_S", 0.01)  # each shard is told before the next one is given out
     store, filler = tiny_disk / "store", tiny_disk / "filler"
     cfg = CFG.model_copy(update={"workers": 1})
 
