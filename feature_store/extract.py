@@ -119,7 +119,7 @@ def extract_corpus(
     Raises:
         ConfigError: no weights, or more workers than the cluster has room for.
         StoreError: a store of another extractor, a damaged store, a full disk.
-        ExtractionError: wrong weights, or workers that keep dying outside of any video.
+        ExtractionError: wrong weights, or workers that keep dying without coming any further.
     """
     start = time.monotonic()
     share = None if here else worker_share(cfg, alive_nodes())
@@ -169,13 +169,10 @@ class _OnRay:
         )
 
         def room() -> int:
-            return min(share.workers if cfg.workers else 1 << 30, self._room(cfg))
+            here = sum(workers_on(node, cfg) for node in alive_nodes())
+            return min(cfg.workers, here) if cfg.workers else here
 
         self._dispatch = Dispatch(start, room, lambda dispatch: self.on_progress())
-
-    @staticmethod
-    def _room(cfg: ExtractConfig) -> int:
-        return sum(workers_on(node, cfg) for node in alive_nodes())
 
     @property
     def workers(self) -> int:
@@ -203,7 +200,7 @@ class _Here:
 
         self._worker = ShardWorker(store, cfg, state, 1 if cfg.deterministic else torch.get_num_threads())
         self._worker.ready()
-        self._done = self._now = Sign(Tally())
+        self._done = Sign(Tally())
         self._videos = self._shards = self._shards_done = 0
 
     def work(self, tasks: Sequence[ShardTask]) -> None:
