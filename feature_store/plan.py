@@ -57,6 +57,7 @@ class Segment:
 
 def read_plan(meta: StoreMeta) -> list[Segment]:
     """All segments, oldest first; StoreError where one is damaged or missing."""
+    last_committed = max(committed_shards(meta), default=-1)  # before the segments: a shard is planned before it is done
     numbers = segment_numbers(meta)
     segments = [_parse(meta, n, data) for n, data in zip(numbers, meta.storage.read_many(_keys(numbers)), strict=True)]
     first_shard = 0
@@ -67,7 +68,7 @@ def read_plan(meta: StoreMeta) -> list[Segment]:
                 "a file is missing; run `vlm-dist store verify --repair` on the store"
             )
         first_shard += len(segment.tasks)
-    if max(committed_shards(meta), default=-1) >= first_shard:
+    if last_committed >= first_shard:
         raise StoreError(
             f"the plan in {meta.place(PLANS)} ends at shard {first_shard}, and later ones are committed: "
             "a file is missing; run `vlm-dist store verify --repair` on the store"
