@@ -24,17 +24,16 @@ ReadChunks = Callable[[str], Generator[Chunk]]
 
 
 def read_chunks(path: str, cfg: DecodeConfig, seconds: int) -> Generator[Chunk]:
-    """Decode a video, a local file or an object at s3://, `seconds` at a time; holds one chunk and one second.
+    """Decode a video, a local file or an object at s3://, `seconds` at a time; holds one chunk.
 
     Raises:
         DecodeError: see `SecondsReader` and `local_video`; what came before it is of no use.
         StoreUnreachableError: this node's disk does not take a copy of the object.
     """
     with local_video(path) as file:
-        reader = SecondsReader(file, cfg)
         frames, count = _empty(cfg, seconds), 0
-        for second in reader:
-            frames[count] = second
+        reader = SecondsReader(file, cfg, lambda: frames[count])
+        for _ in reader:
             count += 1
             if count == seconds:
                 yield Chunk(frames, reader.decoded_s, reader.claimed_s)

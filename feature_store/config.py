@@ -4,6 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+_CHUNK = 8
+_GPU_CHUNK = 16  # passing a chunk on takes a millisecond of Python, which all videos of a worker share
+_GPU_BATCH = 64
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +54,13 @@ class ExtractConfig(_Frozen):
         default=True, description="L2-normalise each token (the reference's extraction script does)."
     )
     weights: str = Field(default="", description="S3D weights file (s3d_howto100m.pth).")
-    batch_seconds: int = Field(default=8, ge=1, description="Most seconds of video in one S3D forward pass.")
+    batch_seconds: int = Field(
+        default=0, ge=0,
+        description="Most seconds of video in one S3D forward pass; 0 takes 8 on CPUs and 64 on GPUs.",
+    )  # fmt: skip
+    compile: bool = Field(
+        default=True, description="Let torch.compile fuse S3D on GPUs; a worker then starts half a minute later."
+    )
     workers: int = Field(
         default=0, ge=0,
         description="Ray workers; 0 takes one for every CPU or GPU of the cluster, and follows it as nodes join.",
@@ -67,6 +77,16 @@ class ExtractConfig(_Frozen):
         default=False,
         description="The same bits whatever the cluster: no joint batches of videos, one thread a worker.",
     )
+
+    @property
+    def batch(self) -> int:
+        """Most clips in one forward pass."""
+        return self.batch_seconds or (_GPU_BATCH if self.gpus_per_worker > 0 else _CHUNK)
+
+    @property
+    def chunk(self) -> int:
+        """Most seconds of video that pass from decoding to the encoder at a time; on GPUs they join to batches."""
+        return min(self.batch, _GPU_CHUNK) if self.gpus_per_worker > 0 else self.batch
 
 
 class ImportConfig(_Frozen):

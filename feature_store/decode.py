@@ -8,7 +8,7 @@ features (Miech et al. 2020 and VLM name no policy).
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +48,11 @@ class DecodeError(ExtractionError):
 class SecondsReader:
     """Iterate once over a video's seconds: uint8 (fps, size, size, 3), the last one padded with black frames.
 
+    Args:
+        path: Video file.
+        cfg: Frame rate, size, what is refused.
+        place: Gives the array that the next second is written into; without it, each second has its own.
+
     Attributes:
         claimed_s: Seconds that the file says its video has (0.0 where it does not say), once the first is decoded.
         decoded_s: Seconds decoded so far.
@@ -58,9 +63,10 @@ class SecondsReader:
             `corrupt` are known only at the end, so use no second before the iteration is over.
     """
 
-    def __init__(self, path: Path | str, cfg: DecodeConfig) -> None:
+    def __init__(self, path: Path | str, cfg: DecodeConfig, place: Callable[[], np.ndarray] | None = None) -> None:
         self.path = Path(path)
         self.cfg = cfg
+        self._place = place or (lambda: np.empty((cfg.fps, cfg.size, cfg.size, 3), np.uint8))
         self.claimed_s = 0.0
         self.decoded_s = 0.0
         self._packets = self._bad_packets = self._shown = 0
@@ -69,8 +75,7 @@ class SecondsReader:
         self._cut = False
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        fps, size = self.cfg.fps, self.cfg.size
-        second = np.zeros((fps, size, size, 3), np.uint8)
+        fps, second = self.cfg.fps, self._place()
         frames = 0
         for picture in self._in_time(self._pictures()):
             second[frames % fps] = picture
@@ -79,9 +84,10 @@ class SecondsReader:
             if frames % fps == 0:
                 self._check_holding()
                 yield second
-                second = np.zeros_like(second)
+                second = self._place()
         self._check_end(frames)
         if frames % fps:
+            second[frames % fps :] = 0
             yield second
 
     def _in_time(self, pictures: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

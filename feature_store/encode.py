@@ -55,8 +55,8 @@ class Extracted(NamedTuple):
     """Wall-clock seconds that it took."""
 
 
-def clip_encoder(model: S3D, cfg: ExtractConfig) -> FusedS3D:
-    """S3D as a config asks for it: layer, precision, and where it runs.
+def clip_encoder(model: S3D, cfg: ExtractConfig, *, compiled: bool = False) -> FusedS3D:
+    """S3D as a config asks for it: layer, precision, and where it runs (on a GPU, compiled if wanted).
 
     Raises:
         ConfigError: a GPU is asked for, and this machine or its torch has none; or float16 on a CPU.
@@ -69,7 +69,8 @@ def clip_encoder(model: S3D, cfg: ExtractConfig) -> FusedS3D:
             "extract.gpus_per_worker asks for a GPU, and torch sees none here; extract on CPUs "
             "(--set extract.gpus_per_worker=0)"
         )
-    return FusedS3D(model, cfg.layer, getattr(torch, cfg.precision)).to("cuda" if on_gpu else "cpu")
+    fused = FusedS3D(model, cfg.layer, getattr(torch, cfg.precision), compiled=on_gpu and compiled)
+    return fused.to("cuda" if on_gpu else "cpu")
 
 
 @torch.inference_mode()
@@ -80,7 +81,7 @@ def features_from_file(
     on_chunk: Callable[[Chunk], None] = lambda chunk: None,
     read: ReadChunks | None = None,
 ) -> Extracted:
-    """Decode a video and encode each second of it; holds `batch_seconds` of frames at a time, never the whole video.
+    """Decode a video and encode each second of it; holds `cfg.chunk` seconds of frames, never the whole video.
 
     Args:
         path: Video file of any format that FFmpeg reads, or an object at s3://bucket/key.
@@ -96,7 +97,7 @@ def features_from_file(
     start = time.monotonic()
     rows: list[np.ndarray] = []
     decoded_s = claimed_s = 0.0
-    with closing(read(str(path)) if read else read_chunks(str(path), cfg.decode, cfg.batch_seconds)) as chunks:
+    with closing(read(str(path)) if read else read_chunks(str(path), cfg.decode, cfg.chunk)) as chunks:
         for chunk in chunks:
             on_chunk(chunk)
             decoded_s, claimed_s = chunk.decoded_s, chunk.claimed_s

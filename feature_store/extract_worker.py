@@ -22,7 +22,8 @@ from feature_store.commit import read_commit
 from feature_store.config import ExtractConfig
 from feature_store.decode import DecodeError
 from feature_store.decode_pool import HANG_GRACE_S, DecodePool, DecoderLostError, NoDecoderError
-from feature_store.encode import clip_encoder, features_from_file
+from feature_store.encode import ClipEncoder, clip_encoder, features_from_file
+from feature_store.graphed_encoder import GraphedEncoder
 from feature_store.layout import open_store
 from feature_store.plan import PlannedVideo, ShardTask
 from feature_store.records import VideoRecord
@@ -57,7 +58,7 @@ class ShardWorker:
         weights: S3D's, as arrays.
         threads: Cores of the network.
         decoders: Processes that decode; 0 decodes in this one.
-        chunk_seconds: Seconds of video that pass from a decoder to the encoder at a time; 0: `cfg.batch_seconds`.
+        chunk_seconds: Seconds of video that pass from a decoder to the encoder at a time; 0: `cfg.chunk`.
     """
 
     def __init__(
@@ -76,11 +77,13 @@ class ShardWorker:
         self.cfg = cfg
         model = S3D()
         model.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
-        self.encoder = clip_encoder(model, cfg)
+        many = decoders > 0 and cfg.gpus_per_worker > 0  # clips: preparing for them takes half a minute
+        network = clip_encoder(model, cfg, compiled=many and cfg.compile)
+        self.encoder: ClipEncoder = GraphedEncoder(network, cfg.decode, cfg.batch) if many else network
         # On a CPU joint batches gain nothing, and without them a video's features do not depend on its neighbours.
         join = cfg.gpus_per_worker > 0 and not cfg.deterministic
-        self._shared = SharedEncoder(self.encoder, cfg.batch_seconds, join)
-        self._pool = DecodePool(decoders, cfg.decode, chunk_seconds or cfg.batch_seconds) if decoders else None
+        self._shared = SharedEncoder(self.encoder, cfg.batch, join)
+        self._pool = DecodePool(decoders, cfg.decode, chunk_seconds or cfg.chunk) if decoders else None
         self._patience_s = cfg.decode.timeout_s + HANG_GRACE_S
         self._spool = Spool(self.meta, cfg)
 
@@ -95,7 +98,7 @@ class ShardWorker:
             ExtractionError: it gives no finite numbers.
         """
         size, fps = self.cfg.decode.size, self.cfg.decode.fps
-        out = self.encoder(torch.zeros(1, fps, size, size, 3, dtype=torch.uint8, device=self.encoder.device))
+        out = self.encoder(torch.zeros(2, fps, size, size, 3, dtype=torch.uint8, device=self.encoder.device))
         if not out.isfinite().all():
             raise ExtractionError(
                 "the encoder gives no finite numbers even for a black picture: its weights are damaged"

@@ -57,7 +57,8 @@ class Segment:
 
 def read_plan(meta: StoreMeta) -> list[Segment]:
     """All segments, oldest first; StoreError where one is damaged or missing."""
-    last_committed = max(committed_shards(meta), default=-1)  # before the segments: a shard is planned before it is done
+    # Before the segments: another extraction plans a shard before it commits it.
+    last_committed = max(committed_shards(meta), default=-1)
     numbers = segment_numbers(meta)
     segments = [_parse(meta, n, data) for n, data in zip(numbers, meta.storage.read_many(_keys(numbers)), strict=True)]
     first_shard = 0

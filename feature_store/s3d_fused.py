@@ -5,11 +5,14 @@ Three changes, none of which changes a number beyond rounding:
   B·T pictures, one in time a 2-D convolution over (T, H·W): views of the same memory, for which the libraries have fast
   kernels (PyTorch's own for 3-D convolutions and 3-D max-pooling are slow ones on CPUs);
 - BatchNorm is folded into the convolution before it, and gates write where the branches are joined;
-- frames come as bytes: scaling, folding into depth and padding are one copy.
+- frames come as bytes: scaling, folding into depth and padding are one copy;
+- on GPUs, cuDNN adds bias and ReLU within the convolution, and what lies between convolutions (pools, gates), most of
+  the time there, can be compiled into few kernels.
 """
 
+# pyright: reportUnknownMemberType=false
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +29,17 @@ class FusedS3D(nn.Module):
         model: whose weights it takes (folded copies; later changes of `model` do not show).
         layer: "mixed_5c" stops at the mean of the last Inception block over time and space.
         dtype: of weights and activations; means, gates and the last layer are float32.
+        compiled: let torch.compile fuse what it can, for any number of clips; the first ones then take half a minute.
     """
 
-    def __init__(self, model: S3D, layer: Layer = "video_embedding", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: S3D,
+        layer: Layer = "video_embedding",
+        dtype: torch.dtype = torch.float32,
+        *,
+        compiled: bool = False,
+    ) -> None:
         super().__init__()
         self.layer: Layer = layer
         self.feature_dim = FEATURE_DIM[layer]
@@ -40,6 +51,8 @@ class FusedS3D(nn.Module):
         self.blocks = nn.ModuleDict({name: _Block(_inception(model, name), dtype) for name in BLOCKS})
         self.fc = copy.deepcopy(model.fc)
         self.eval().requires_grad_(False)
+        self.compiled = compiled
+        self._run = torch.compile(self._layers, fullgraph=True) if compiled else self._layers
 
     @property
     def device(self) -> torch.device:
@@ -57,6 +70,11 @@ class FusedS3D(nn.Module):
         Returns:
             (B, 512) float32, or (B, 1024) for mixed_5c.
         """
+        if self.compiled and len(clips) > 1:  # one is compiled apart
+            torch._dynamo.mark_dynamic(clips, 0)  # pyright: ignore[reportPrivateUsage]  # documented by this name
+        return self._run(clips)
+
+    def _layers(self, clips: Tensor) -> Tensor:
         x = self.conv1(_depth(clips, self.dtype).permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
         x = self.conv_2c(self.conv_2b(_pool_space(x)))
         x = _pool_space(self.gating(x, x))
@@ -73,17 +91,17 @@ class FusedS3D(nn.Module):
 class _Conv(nn.Module):
     """Convolution and ReLU with folded weights, in channels-last memory."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, padding: Sequence[int] = ()) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, padding: Sequence[int] | None = None) -> None:
         super().__init__()
         layout = torch.channels_last_3d if weight.ndim == 5 else torch.channels_last
         self.weight = nn.Parameter(weight.to(dtype).contiguous(memory_format=layout), requires_grad=False)
         self.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-        self.padding = padding
+        self.padding = list(padding or [0] * (weight.ndim - 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.ndim == 5:
-            return functional.relu_(functional.conv3d(x, self.weight, self.bias))
-        return functional.relu_(functional.conv2d(x, self.weight, self.bias, padding=self.padding))
+        if x.is_cuda and torch.version.hip is None:
+            return _conv_relu(x, self.weight, self.bias, self.padding)
+        return functional.relu_(_conv(x, self.weight, self.bias, self.padding))
 
 
 class _Point(nn.Module):
@@ -124,7 +142,7 @@ class _Gate(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         weights = torch.sigmoid(self.fc(x.mean(dim=(1, 2, 3), dtype=torch.float32))).to(x.dtype)
-        return torch.mul(x, weights[:, None, None, None], out=out)
+        return _write(torch.mul, x, weights[:, None, None, None], out)
 
 
 class _Block(nn.Module):
@@ -147,6 +165,30 @@ class _Block(nn.Module):
             gate(part, joined[..., done : done + part.shape[-1]])
             done += part.shape[-1]
         return joined
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, padding: Sequence[int]) -> Tensor:
+    convolution = functional.conv3d if weight.ndim == 5 else functional.conv2d
+    return convolution(x, weight, bias, padding=padding)
+
+
+@torch.library.custom_op("feature_store::conv_relu", mutates_args=())
+def _conv_relu(x: Tensor, weight: Tensor, bias: Tensor, padding: Sequence[int]) -> Tensor:
+    """cuDNN's convolution with bias and ReLU, in one pass over the output."""
+    ones = [1] * len(padding)
+    return torch.cudnn_convolution_relu(x, weight, bias, ones, padding, ones, 1)
+
+
+@_conv_relu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, padding: Sequence[int]) -> Tensor:
+    return _conv(x, weight, bias, padding)
+
+
+def _write(operation: Callable[..., Tensor], a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Write what an operation gives to a view."""
+    if torch.compiler.is_compiling():  # which takes no such views, and sees for itself that no copy is needed
+        return out.copy_(operation(a, b))
+    return operation(a, b, out=out)
 
 
 def _inception(model: S3D, name: str) -> Inception:
@@ -195,7 +237,7 @@ def _pool_time(x: Tensor, kernel: int) -> Tensor:
     for k in range(1, kernel):
         part = x[:, k::2][:, : out.shape[1]]
         there = out[:, : part.shape[1]]
-        torch.maximum(there, part, out=there)
+        _write(torch.maximum, there, part, there)
     return out
 
 
@@ -205,6 +247,6 @@ def _pool_around(x: Tensor) -> Tensor:
     pooled = functional.max_pool2d(x.reshape(b * t, h, w, c).permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
     pooled = pooled.reshape(b, t, h, w, c)
     out = pooled.clone()
-    torch.maximum(out[:, 1:], pooled[:, :-1], out=out[:, 1:])
-    torch.maximum(out[:, :-1], pooled[:, 1:], out=out[:, :-1])
+    _write(torch.maximum, out[:, 1:], pooled[:, :-1], out[:, 1:])
+    _write(torch.maximum, out[:, :-1], pooled[:, 1:], out[:, :-1])
     return out

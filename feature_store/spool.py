@@ -34,7 +34,7 @@ class Spool:
 
     def __init__(self, meta: StoreMeta, cfg: ExtractConfig) -> None:
         base = cache_folder() / "spool"
-        way = f"{meta.provenance.digest}\n{cfg.deterministic} {cfg.batch_seconds}"  # what may change a last bit, too
+        way = f"{meta.provenance.digest}\n{cfg.deterministic} {cfg.batch}"  # what may change a last bit, too
         self._folder = base / digest(f"{meta.storage.address}\n{way}")
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)

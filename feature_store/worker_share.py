@@ -59,7 +59,7 @@ def worker_share(cfg: ExtractConfig, nodes: Sequence[Node]) -> WorkerShare:
     cpus = max(1, cpus)
     decoders = cfg.decoders or (max(1, cpus - 1) if cfg.gpus_per_worker > 0 else _CPU_DECODERS)
     threads = 1 if cfg.deterministic or cfg.gpus_per_worker > 0 else cpus
-    chunk_seconds = cfg.batch_seconds if cfg.deterministic else _chunk_seconds(cfg, nodes, wanted, decoders)
+    chunk_seconds = cfg.chunk if cfg.deterministic else _chunk_seconds(cfg, nodes, wanted, decoders)
     return WorkerShare(wanted, cpus, threads, decoders, chunk_seconds)
 
 
@@ -71,7 +71,7 @@ def workers_on(node: Node, cfg: ExtractConfig) -> int:
 
 def _chunk_seconds(cfg: ExtractConfig, nodes: Sequence[Node], workers: int, decoders: int) -> int:
     """The longest chunks of which all that may be on their way fit into Ray's object store on every node."""
-    longest = float(cfg.batch_seconds)
+    longest = float(cfg.chunk)
     for node in nodes:
         if here := min(workers, workers_on(node, cfg)):
             chunks = here * decoders * (AHEAD + 1)

@@ -27,7 +27,7 @@ def test_a_machine_is_shared_by_its_workers() -> None:
 
 def test_decoders_are_a_gpus_share_of_the_cores() -> None:
     assert share([GPU_NODE, HEAD], gpus_per_worker=1) == WorkerShare(
-        8, cpus=16, threads=1, decoders=15, chunk_seconds=8
+        8, cpus=16, threads=1, decoders=15, chunk_seconds=16
     )
     half = share([GPU_NODE, GPU_NODE], gpus_per_worker=0.5)
     assert (half.workers, half.cpus, half.decoders) == (32, 8, 7)

@@ -1,0 +1,73 @@
+"""S3D on a GPU as CUDA graphs: a batch is one launch, however busy the process's threads are (frames → features)."""
+
+import torch
+from torch import Tensor
+
+from feature_store.config import DecodeConfig
+from feature_store.s3d_fused import FusedS3D
+from vlm_dist.errors import ConfigError
+
+_FEWEST = 8  # clips; a batch is filled up to a power of two of them
+
+
+class GraphedEncoder:
+    """A ClipEncoder that records its network for some sizes of batches, and plays the smallest that holds a batch.
+
+    Launched one by one, the network's 200 kernels take longer than they run, as soon as a dozen Python threads (one for
+    each video in work) want the interpreter too.
+
+    Args:
+        network: Compiled or not; on a GPU.
+        cfg: Shape of a clip.
+        most: Clips of the largest batch.
+
+    Raises:
+        ConfigError: torch cannot compile it here.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, network: FusedS3D, cfg: DecodeConfig, most: int) -> None:
+        self.device = network.device
+        shape = (most, cfg.fps, cfg.size, cfg.size, 3)
+        self._clips = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(self.device)
+        for size in _sizes(most):
+            clips = self._clips[:size]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles, and lets cuDNN choose, before anything is recorded
+                    _tried(network, clips)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool, stream):
+                tokens = network(clips)
+            self._graphs[size] = graph, tokens
+
+    def __call__(self, clips: Tensor, /) -> Tensor:
+        """Tokens (B, F) float32 of clips, uint8 (B, T, H, W, 3), B <= most; by one thread at a time."""
+        graph, tokens = next(self._graphs[size] for size in sorted(self._graphs) if size >= len(clips))
+        self._clips[: len(clips)].copy_(clips)  # what is left of earlier clips does no harm
+        graph.replay()
+        return tokens[: len(clips)].clone()
+
+
+def _sizes(most: int) -> list[int]:
+    """Largest first: the memory of the largest holds the others."""
+    powers = (1 << k for k in range(most.bit_length()))
+    return sorted({most, *(power for power in powers if power >= _FEWEST)}, reverse=True)
+
+
+def _tried(network: FusedS3D, clips: Tensor) -> None:
+    try:
+        network(clips)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not network.compiled:
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"torch.compile fails on this machine ({type(error).__name__}: {reason}); extract without it "
+            "(--set extract.compile=false)"
+        ) from error
