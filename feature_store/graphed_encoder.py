@@ -33,7 +33,7 @@ class GraphedEncoder:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self.device)
-        for size in _sizes(most):
+        for size in sizes(most):
             clips = self._clips[:size]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -44,6 +44,7 @@ class GraphedEncoder:
                 tokens = network(clips)
             self._graphs[size] = graph, tokens
 
+    @torch.inference_mode()
     def __call__(self, clips: Tensor, /) -> Tensor:
         """Tokens (B, F) float32 of clips, uint8 (B, T, H, W, 3), B <= most; by one thread at a time."""
         graph, tokens = next(self._graphs[size] for size in sorted(self._graphs) if size >= len(clips))
@@ -52,8 +53,8 @@ class GraphedEncoder:
         return tokens[: len(clips)].clone()
 
 
-def _sizes(most: int) -> list[int]:
-    """Largest first: the memory of the largest holds the others."""
+def sizes(most: int) -> list[int]:
+    """Numbers of clips that are recorded, largest first: its memory holds what the others need."""
     powers = (1 << k for k in range(most.bit_length()))
     return sorted({most, *(power for power in powers if power >= _FEWEST)}, reverse=True)
 
