@@ -1,5 +1,6 @@
 """S3D on a GPU as CUDA graphs: a batch is one launch, however busy the process's threads are (frames → features)."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 import torch
 from torch import Tensor
 
@@ -7,6 +8,7 @@ from feature_store.config import DecodeConfig
 from feature_store.s3d_fused import FusedS3D
 from vlm_dist.errors import ConfigError
 
+_TOLERANCE = 0.02  # of a token's length; bfloat16 rounds by half a percent of it
 _FEWEST = 8  # clips; a batch is filled up to a power of two of them
 
 
@@ -28,6 +30,7 @@ class GraphedEncoder:
     @torch.inference_mode()
     def __init__(self, network: FusedS3D, cfg: DecodeConfig, most: int) -> None:
         self.device = network.device
+        self._network = network  # graphs know where its weights lie, and do not keep them
         shape = (most, cfg.fps, cfg.size, cfg.size, 3)
         self._clips = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -43,6 +46,7 @@ class GraphedEncoder:
             with torch.cuda.graph(graph, pool, stream):
                 tokens = network(clips)
             self._graphs[size] = graph, tokens
+        self._check()
 
     @torch.inference_mode()
     def __call__(self, clips: Tensor, /) -> Tensor:
@@ -51,6 +55,18 @@ class GraphedEncoder:
         self._clips[: len(clips)].copy_(clips)  # what is left of earlier clips does no harm
         graph.replay()
         return tokens[: len(clips)].clone()
+
+    def _check(self) -> None:
+        """Compare with the network as PyTorch runs it, on noise: what a compiler breaks must not become features."""
+        for size in self._graphs:
+            noise = torch.randint(256, self._clips[:size].shape, dtype=torch.uint8, device=self.device)
+            expected, got = self._network.eager(noise[:1]), self(noise)[:1]
+            error = float((got - expected).norm() / expected.norm())
+            if expected.isfinite().all() and not error < _TOLERANCE:
+                raise ConfigError(
+                    f"what torch.compile made of S3D errs by {100 * error:.3g} % on this machine; extract without it "
+                    "(--set extract.compile=false)"
+                )
 
 
 def sizes(most: int) -> list[int]:

@@ -74,6 +74,12 @@ class FusedS3D(nn.Module):
             torch._dynamo.mark_dynamic(clips, 0)  # pyright: ignore[reportPrivateUsage]  # documented by this name
         return self._run(clips)
 
+    @torch.inference_mode()
+    @full_float32()
+    def eager(self, clips: Tensor) -> Tensor:
+        """The same, and never compiled."""
+        return self._layers(clips)
+
     def _layers(self, clips: Tensor) -> Tensor:
         x = self.conv1(_depth(clips, self.dtype).permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
         x = self.conv_2c(self.conv_2b(_pool_space(x)))
