@@ -65,7 +65,7 @@ def test_two_commands_share_a_server_and_a_killed_one_leaves_nothing(tmp_path: P
     assert list((state / "leases").iterdir()) == []
 
 
-@pytest.mark.parametrize(("hits", "code"), [(1, 0), (2, 130)])
+@pytest.mark.parametrize(("hits", "code"), [(1, 0), pytest.param(2, 130, marks=pytest.mark.slow)])
 def test_the_ui_command_ends_its_server(tmp_path: Path, hits: int, code: int) -> None:
     command = [sys.executable, "-P", "-m", "vlm_dist", "ui", "--workspace", str(tmp_path)]
     ui = subprocess.Popen(
