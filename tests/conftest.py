@@ -13,6 +13,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray Train looks at its workers every two seconds, and a small training is over sooner.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 # The tests ask for a hundred thousand fsyncs, minutes on a disk: their folders lie in memory where there is room.
 _MEMORY = Path("/dev/shm")
@@ -44,6 +46,16 @@ def ray_session() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The http address of one real tracking server, for all tests that need no workspace's own: a start takes long."""
+    from cluster.config import ClusterConfig
+    from cluster.mlflow_server import tracking_server
+
+    with tracking_server(ClusterConfig(), tmp_path_factory.mktemp("tracking")) as address:
+        yield address
 
 
 @pytest.fixture

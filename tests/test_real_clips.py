@@ -1,14 +1,11 @@
 """The whole way at small size on the real clips of the reference material: H.264 and MPEG-4, 19.6 to 30 fps."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cluster.config import ClusterConfig
-from cluster.mlflow_server import tracking_server
 from feature_store.reader import FeatureReader
 from tests.test_whole_way import Workspace
 from vlm_dist.cli.app import main
@@ -16,6 +13,8 @@ from vlm_dist.cli.app import main
 SMALL = """
 captions_file = "{captions}"
 init = "{bert}"
+[cluster]
+tracking_uri = "{uri}"
 [extract.decode]
 size = 64
 [captions]
@@ -42,11 +41,11 @@ data = "test.jsonl"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, shared: Path, ray_session: None) -> Iterator[Path]:
-    """A workspace whose store holds the ten clips, while its tracking server runs."""
+def folder(tmp_path_factory: pytest.TempPathFactory, shared: Path, ray_session: None, uri: str) -> Path:
+    """A workspace whose store holds the ten clips."""
     root = tmp_path_factory.mktemp("real")
     clips = shared / "data" / "videos"
-    text = SMALL.replace("{captions}", str(clips / "captions.json")).replace("{bert}", str(shared / "golden/bert_tiny"))
+    text = SMALL.format(captions=clips / "captions.json", bert=shared / "golden/bert_tiny", uri=uri)
     (root / "vlm-dist.toml").write_text(text)
     captions = json.loads((clips / "captions.json").read_text())
     with (root / "test.jsonl").open("w") as lines:
@@ -54,9 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, shared: Path, ray_session: 
             for start, end, text in zip(*(captions[video][key] for key in ("start", "end", "text")), strict=True):
                 row = {"video_id": video, "start": start, "end": end, "text": text, "split": "test"}
                 lines.write(json.dumps(row) + "\n")
-    with tracking_server(ClusterConfig(), root):
-        assert main(["extract", str(clips), "--random-weights", "0", "--workspace", str(root)]) == 0
-        yield root
+    assert main(["extract", str(clips), "--random-weights", "0", "--workspace", str(root)]) == 0
+    return root
 
 
 @pytest.fixture
@@ -76,7 +74,7 @@ def test_every_clip_becomes_its_seconds(workspace: Workspace, folder: Path) -> N
     assert np.median(apart) > 0.3, "fitted random weights tell real seconds apart"
 
 
-@pytest.mark.parametrize("init", [(), ("--init", "scratch")])
+@pytest.mark.parametrize("init", [(), pytest.param(("--init", "scratch"), marks=pytest.mark.slow)])
 def test_pretraining_and_retrieval(workspace: Workspace, init: tuple[str, ...]) -> None:
     trained = workspace.json("pretrain", *init, "--gpus", "0", "--workers", "1")
     assert np.isfinite(trained["metrics"]["train/loss"])

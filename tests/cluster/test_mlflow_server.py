@@ -65,7 +65,7 @@ def test_two_commands_share_a_server_and_a_killed_one_leaves_nothing(tmp_path: P
     assert list((state / "leases").iterdir()) == []
 
 
-@pytest.mark.parametrize(("hits", "code"), [(1, 0), (2, 130)])
+@pytest.mark.parametrize(("hits", "code"), [(1, 0), pytest.param(2, 130, marks=pytest.mark.slow)])
 def test_the_ui_command_ends_its_server(tmp_path: Path, hits: int, code: int) -> None:
     command = [sys.executable, "-P", "-m", "vlm_dist", "ui", "--workspace", str(tmp_path)]
     ui = subprocess.Popen(
@@ -79,6 +79,7 @@ def test_the_ui_command_ends_its_server(tmp_path: Path, hits: int, code: int) ->
     assert ui.stdout.readline().startswith("MLflow: http://127.0.0.1:")
     assert ui.stdout.readline() == "Ctrl-C ends it.\n"
     server = _record(tmp_path)["pid"]
+    time.sleep(0.2)  # a signal that hits the writing of the line makes it come twice
     if hits == 2:
         os.killpg(server, signal.SIGSTOP)  # it does not end before it is let go: the second hit comes in between
     ui.terminate()
@@ -113,8 +114,8 @@ def test_a_dead_server_is_replaced_where_its_clients_look_for_it(tmp_path: Path)
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = tmp_path / ".vlm-dist" / "mlflow"
     (state / "mlflow.db").mkdir(parents=True)
-    monkeypatch.setattr("cluster.mlflow_server.START_TIMEOUT_S", 3.0)
-    with pytest.raises(JobError, match=r"no answer in 3 s.*server\.log"), tracking_server(ClusterConfig(), tmp_path):
+    monkeypatch.setattr("cluster.mlflow_server.START_TIMEOUT_S", 1.0)
+    with pytest.raises(JobError, match=r"no answer in 1 s.*server\.log"), tracking_server(ClusterConfig(), tmp_path):
         pass
     assert list((state / "leases").iterdir()) == []
     assert not (state / "server.json").exists()

@@ -140,7 +140,7 @@ def test_a_copy_without_the_objects_of_a_snapshot(bucket: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("step", ["copy", "delete"])
-@pytest.mark.parametrize("after", [0, 1, 20])
+@pytest.mark.parametrize("after", [20, *(pytest.param(after, marks=SLOW) for after in (0, 1))])
 def test_a_move_that_is_killed_is_done_again(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: int
 ) -> None:
@@ -210,8 +210,8 @@ def test_verify_judges_the_bucket_and_leaves_the_node_alone(
     assert any(path.read_bytes()), "quick looks at the node's copy, which is fetched again where it is bad"
 
 
-def test_quick_looks_at_old_snapshots_by_names_and_sizes(place: str, tmp_path: Path) -> None:
-    filled(place, tmp_path)
+def test_quick_looks_at_old_snapshots_by_names_and_sizes(long_place: str, tmp_path: Path) -> None:
+    place = filled(long_place, tmp_path)
     storage, names = open_storage(place), snapshot_names(open_store(place))
     keys = [key for key in storage.sizes("index") if f"index/{names[1]}" in key and "/c/0" in key]
     assert any("/pending/" in key for key in keys)

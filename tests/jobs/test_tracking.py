@@ -114,18 +114,23 @@ def test_a_run_names_its_process_from_its_first_moment(uri: str, monkeypatch: py
     assert client.get_run(run.run_id).info.status == "FINISHED"
 
 
-def test_nothing_is_lost_while_the_server_is_away(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_lost_while_the_server_is_away(
+    uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.writer._FLUSH_EVERY_S", 0.5)
     with _door(uri) as door:
         with tracked_run(door.uri, kind="extract", params={"a": 1}) as run:
             run.metrics({"x": 0.0}, 0)
-            time.sleep(3)
+            time.sleep(1)
             door.open = False
             start = time.perf_counter()
             for step in range(1, 2000):
                 run.metrics({"x": float(step)}, step)
             run.text("kept", "kept.txt")
             assert time.perf_counter() - start < 1.0, "the run never waits for the server"
-            time.sleep(5)
+            until = time.monotonic() + 30
+            while "out of reach" not in caplog.text and time.monotonic() < until:
+                time.sleep(0.1)
             door.open = True
         history = connect(uri).get_metric_history(run.run_id, "x")
     assert [metric.step for metric in history] == list(range(2000))
@@ -139,8 +144,9 @@ def test_what_does_not_arrive_is_reported(
     uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.tracking._FLUSH_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("jobs.writer._FLUSH_EVERY_S", 0.5)
     with _door(uri) as door, tracked_run(door.uri, kind="extract", params={}) as run:
-        time.sleep(2.5)
+        time.sleep(1)
         door.open = False
         run.metrics({"x": 1.0}, 0)
     assert "not everything reached the tracking server" in caplog.text

@@ -1,19 +1,19 @@
 """`vlm-dist extract` as it is typed: exit codes that do not change, and wrong usage that is found before the work."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cluster.config import ClusterConfig
-from cluster.mlflow_server import tracking_server
 from feature_store.reader import FeatureReader
 from vlm_dist.cli.app import main
 
 SETTINGS = """
+[cluster]
+tracking_uri = "{uri}"
 [extract]
 workers = 1
 [extract.decode]
@@ -24,16 +24,15 @@ size = 64
 
 @pytest.fixture(scope="module")
 def folder(
-    tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Path], ray_session: None
-) -> Iterator[Path]:
-    """A workspace with a video, another of the same name, and a broken one, while its tracking server runs."""
+    tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Path], ray_session: None, uri: str
+) -> Path:
+    """A workspace with a video, another of the same name, and a broken one."""
     root = tmp_path_factory.mktemp("workspace")
-    (root / "vlm-dist.toml").write_text(SETTINGS)
+    (root / "vlm-dist.toml").write_text(SETTINGS.format(uri=uri))
     make_video(root / "videos" / "good.mp4", 2.0)
     make_video(root / "videos" / "again" / "good.mp4", 1.0)
     (root / "broken.mp4").write_text("not a film")
-    with tracking_server(ClusterConfig(), root):
-        yield root
+    return root
 
 
 def extract(folder: Path, *words: str) -> int:
@@ -166,16 +165,15 @@ def test_the_layer_is_an_option(folder: Path, tmp_path: Path, monkeypatch: pytes
     assert main(["extract", video, *small, "--weights", str(kept), "--layer", "fc", "--npy"]) == 2
 
 
-def test_the_run_shows_what_decoded_and_what_failed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_shows_what_decoded_and_what_failed(folder: Path, uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--random-weights", "0", "--store", str(folder / "shown"), "--json")
     assert extract(folder, str(folder / "videos"), str(folder / "broken.mp4"), *words) == 0
     run = json.loads(capsys.readouterr().out)["run"]
-    with tracking_server(ClusterConfig(), folder) as uri:
-        client = MlflowClient(uri)
-        names = {artifact.path for artifact in client.list_artifacts(run)}
-        assert {"failures.csv", "failures.jsonl", "decoded.png"} <= names
-        table = Path(client.download_artifacts(run, "failures.csv", str(folder))).read_text().splitlines()
-        metrics = client.get_run(run).data.metrics
+    client = MlflowClient(uri)
+    names = {artifact.path for artifact in client.list_artifacts(run)}
+    assert {"failures.csv", "failures.jsonl", "decoded.png"} <= names
+    table = Path(client.download_artifacts(run, "failures.csv", str(folder))).read_text().splitlines()
+    metrics = client.get_run(run).data.metrics
     assert table[0].startswith("video_id,reason,message")
     assert [line.split(",")[:2] for line in table[1:]] == [["broken", "not_a_video"], ["good", "duplicate"]]
     assert 0 <= metrics["extract/waiting_on_decode"] <= 1

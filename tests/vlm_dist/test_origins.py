@@ -1,15 +1,12 @@
 """`--from`, `--store`, `--init`: which model, which features, and whether the two and the test fit (real commands)."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cluster.config import ClusterConfig
-from cluster.mlflow_server import tracking_server
 from feature_store.captions import write_captions
 from feature_store.config import CaptionConfig
 from feature_store.reader import FeatureReader
@@ -64,10 +61,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    root = tmp_path_factory.mktemp("origins")
-    with tracking_server(ClusterConfig(), root) as uri:
-        yield Place(root, uri)
+def place(tmp_path_factory: pytest.TempPathFactory, uri: str) -> Place:
+    return Place(tmp_path_factory.mktemp("origins"), uri)
 
 
 @pytest.fixture

@@ -2,15 +2,12 @@
 
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cluster.config import ClusterConfig
-from cluster.mlflow_server import tracking_server
 from vlm_dist.cli.app import main
 
 
@@ -39,15 +36,14 @@ def typed(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tup
 
 
 @pytest.fixture
-def server(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One tracking server for all commands of a test: each would start its own."""
-    with tracking_server(ClusterConfig(), here) as uri:
-        monkeypatch.setenv("VLM_DIST_CLUSTER__TRACKING_URI", uri)
-        yield
+def server(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tracking server for all commands: each would start its own."""
+    monkeypatch.setenv("VLM_DIST_CLUSTER__TRACKING_URI", uri)
 
 
 @pytest.mark.usefixtures("server")
 def test_features_come_in_and_go_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _runs(capsys)
     line = ("import", "features", "--captions", "raw_caption.pkl", "--tokenizer", "wordpiece:60", "--allow-pickle")
     out, _ = typed(capsys, *line, "--extractor", "slowfast", "--json", "--strict", code=3)
     first: dict[str, Any] = json.loads(out)
@@ -78,9 +74,15 @@ def test_features_come_in_and_go_out(here: Path, capsys: pytest.CaptureFixture[s
     out, _ = typed(capsys, "import", "out", "--store", "again", *line[2:], "--json")
     assert json.loads(out)["fingerprint"] == first["fingerprint"]
 
+    new = [run for name, run in _runs(capsys).items() if name not in before]
+    assert [(run["kind"], run["status"]) for run in new] == [("import", "FINISHED")] * 2
+
+
+def _runs(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+    """The newest runs by their ids."""
+    capsys.readouterr()
     assert main(["jobs", "list", "--json"]) == 0
-    runs = json.loads(capsys.readouterr().out)
-    assert sorted((run["kind"], run["status"]) for run in runs) == [("import", "FINISHED")] * 2
+    return {run["id"]: run for run in json.loads(capsys.readouterr().out)}
 
 
 @pytest.mark.usefixtures("server")

@@ -12,12 +12,13 @@ from vlm_dist.train.config import TrainConfig
 from vlm_dist.train.ray_trainer import Workers, run_training
 
 TRAIN = TrainConfig(checkpoint_every=4, log_every=2, max_failures=2, threads=1, timeout_s=30)
-TWO = Workers(2, use_gpu=False, cpus_each=0.5)
 
 
-def _run(job: ToyJob) -> tuple[Any, list[tuple[str, Any]]]:
+def _run(job: ToyJob, workers: int = 2) -> tuple[Any, list[tuple[str, Any]]]:
     events: list[tuple[str, Any]] = []
-    outcome = run_training(job, TWO, lambda kind, payload: events.append((kind, payload)))
+    outcome = run_training(
+        job, Workers(workers, use_gpu=False, cpus_each=0.5), lambda kind, payload: events.append((kind, payload))
+    )
     return outcome, events
 
 
@@ -41,6 +42,9 @@ def test_killed_worker_leaves_the_weights_bit_identical(tmp_path: Path, ray_sess
         assert (one[name] == two[name]).all(), name
 
 
-def test_a_users_error_is_told_in_its_own_words_and_not_retried(tmp_path: Path, ray_session: None) -> None:
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_users_error_is_told_in_its_own_words_and_not_retried(
+    tmp_path: Path, ray_session: None, workers: int
+) -> None:
     with pytest.raises(TaskDataError, match="row 7 of step 3 is not a number"):
-        _run(ToyJob(str(tmp_path), TRAIN, fail_at=3))
+        _run(ToyJob(str(tmp_path), TRAIN, fail_at=3), workers)
