@@ -28,6 +28,7 @@ from vlm_dist.train.config import FinetuneConfig, TrainConfig
 FILE = "vlm-dist.toml"
 ENV_PREFIX = "VLM_DIST_"
 # A path is resolved against the folder of what it was written in; a name may also be a path, when it is there.
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/([^/].*)")  # one slash is what a Path of the command line leaves of two
 _PATHS = {"store", "runs", "captions_file", "extract.weights", "split.exclude", "data.*.data", "data.*.store"}
 _NAMES_OR_PATHS = {"init", "captions.tokenizer"}
 
@@ -224,8 +225,8 @@ def _resolve(key: str, value: Any, base: Path) -> Any:
         return tuple(_resolve(key, part, base) for part in value)  # type: ignore[reportUnknownVariableType]
     if not isinstance(value, str) or not value or "://" in value:
         return value
-    if value.startswith("s3:/"):  # one slash is what a Path of the command line leaves
-        return "s3://" + value.removeprefix("s3:/")
+    if address := _ADDRESS.fullmatch(value):
+        return f"{address[1]}://{address[2]}"
     path = Path(os.path.abspath(base / Path(value).expanduser()))
     is_path = pattern(key) in _PATHS or (
         pattern(key) in _NAMES_OR_PATHS and (value.startswith((".", "/", "~")) or path.exists())

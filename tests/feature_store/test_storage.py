@@ -37,6 +37,8 @@ def test_addresses(tmp_path: Path, bucket: str) -> None:
         open_storage("s3://")
     with pytest.raises(ConfigError, match="folder or at s3://"):
         open_storage("gs://bucket/x")
+    with pytest.raises(ConfigError, match="folder or at s3://"):
+        open_storage(Path("gs://bucket/x"))
 
 
 def test_objects(storage: Storage) -> None:

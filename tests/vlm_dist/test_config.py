@@ -131,6 +131,8 @@ def test_relative_paths_start_where_they_were_written(tmp_path: Path, monkeypatc
     assert settings.captions_file == str(elsewhere / "c.json")
     assert settings.runs == str(elsewhere / "r")
     assert load_settings(workspace, ["store=s3://bucket/store"], env={}).settings.store == "s3://bucket/store"
+    for address in ("s3://bucket/store", "gs://bucket/store"):  # one slash of the two is left in a Path
+        assert load_settings(workspace, (), {"store": Path(address)}, {}).settings.store == address
 
 
 def test_the_template_shows_every_setting_and_means_the_defaults(tmp_path: Path) -> None:

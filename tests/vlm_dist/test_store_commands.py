@@ -162,8 +162,10 @@ def test_extraction_into_a_bucket_and_failures_again(
     assert (first["store"], first["ok"], first["failed"]) == (store, 2, 1)
     assert extract(*line)["nothing_to_do"]
     assert "v2" in typed("store", "failures", store)
-    make_video(here / "videos" / "v2.mp4", 2.0)
     assert extract(*line)["nothing_to_do"], "a failure is tried again only when that is asked for"
+    (here / "videos" / "v2.mp4").write_text("another error page")
+    assert extract("--retry-failed", *words)["failed"] == 1, "without a list, all that failed before are this call's"
+    make_video(here / "videos" / "v2.mp4", 2.0)
     again = extract("--retry-failed", *words)
     assert (again["ok"], again["failed"]) == (1, 0)
     assert "no video is to be tried again" in typed("extract", "--retry-failed", *words)

@@ -101,7 +101,7 @@ def extract_to_store(
         tracker.text("\n".join(record.model_dump_json() for record in broken), "failures.jsonl")
         tracker.text(_failure_table(broken), "failures.csv")
         tracker.picture(partial(plot_decoded, context.store), "decoded.png")
-        listed = of_listed(broken, videos)
+        listed = _of_this_call(broken, videos)
         _print_summary(summary, listed, time.monotonic() - started)
         print_captions(report)
         print_failures(context.store, listed, others=len(broken) - len(listed))
@@ -133,12 +133,17 @@ def _again(context: Context, videos: list["PlannedVideo"], captions: Path | None
     else:
         report, run = write_captions(context, None, allow_pickle), None
     broken = failures(context.store)
-    listed = of_listed(broken, videos)
+    listed = _of_this_call(broken, videos)
     print_captions(report)
     print_failures(context.store, listed, others=len(broken) - len(listed))
     info = store_info(context.store)
     return {"store": context.store, "ok": info["videos"]["ok"], "failed": len(listed),
             "nothing_to_do": True, "fingerprint": info["fingerprint"], "run": run}  # fmt: skip
+
+
+def _of_this_call(broken: list["VideoRecord"], videos: list["PlannedVideo"]) -> list["VideoRecord"]:
+    """Failures among the listed videos; without a list, every failed video was tried again."""
+    return of_listed(broken, videos) if videos else [record for record in broken if record.reason != "duplicate"]
 
 
 def _progress_note(state: "ExtractProgress") -> str:
