@@ -58,7 +58,7 @@ def measure(videos: list[Path], batches: tuple[int, ...], compiled: bool) -> Ite
 def _forms(
     model: S3D, cfg: DecodeConfig, batches: tuple[int, ...], most: int, compiled: bool
 ) -> Iterator[tuple[str, Callable[[Tensor], Tensor], tuple[int, ...]]]:
-    yield "plain, float32 (TF32 convolutions)", _plain(model, torch.float32), batches
+    yield "plain, float32", _plain(model, torch.float32), batches
     yield "plain, float16", _plain(model, torch.float16), batches
     yield "fused, float32", FusedS3D(model).cuda(), batches
     yield "fused, bfloat16", FusedS3D(model, dtype=torch.bfloat16).cuda(), batches
