@@ -298,9 +298,12 @@ def _require_vacant(storage: Storage) -> None:
 def _require_same(meta: StoreMeta, provenance: Provenance, rows_per_shard: int) -> None:
     mine = {"rows_per_shard": meta.rows_per_shard, **meta.provenance.model_dump()}
     asked = {"rows_per_shard": rows_per_shard, **provenance.model_dump()}
-    differing = [f"{name} is {mine[name]!r}, not {asked[name]!r}" for name in mine if mine[name] != asked[name]]
+    differing = [name for name in mine if mine[name] != asked[name]]
+    if "weights" in differing:  # which says it all
+        differing = [name for name in differing if name not in ("weights_sha256", "random_seed", "calibration")]
     if differing:
+        told = "; ".join(f"{name} is {mine[name]!r}, not {asked[name]!r}" for name in differing)
         raise StoreError(
-            f"{meta.root} was made otherwise: {'; '.join(differing)}. Features of two extractors are never mixed: "
+            f"{meta.root} was made otherwise: {told}. Features of two extractors are never mixed: "
             "use the same settings, or another folder"
         )
