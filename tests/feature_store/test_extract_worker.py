@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from feature_store.commit import read_commit
 from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.encoder import kept_weights, prepare_encoder
-from feature_store.extract import extract_corpus
+from feature_store.extract import ExtractProgress, extract_corpus
 from feature_store.extract_worker import ShardWorker, _InOrder
 from feature_store.info import failures
 from feature_store.layout import create_store, open_store
 from feature_store.manifest import list_inputs
 from feature_store.plan import PlannedVideo, ShardTask
+from feature_store.plan_repair import plan_shard
 from feature_store.reader import FeatureReader
 from feature_store.records import VideoRecord
 from feature_store.s3d import S3D
@@ -198,3 +199,16 @@ def test_videos_in_a_bucket(
     place.replace("gone.mp4", one.read_bytes())
     again = extract_corpus(tmp_path / "store", listed, TINY, random_seed=0, here=True)
     assert again.tally == Tally(1, 150), "what was missing has its turn once it is there"
+
+
+def test_a_video_that_overflowed_its_shard_counts_once(tmp_path: Path, videos: list[PlannedVideo]) -> None:
+    store, both = tmp_path / "store", videos[:2]
+    prepare_encoder(store, both, TINY, random_seed=0, rows_per_shard=ROWS)
+    plan_shard(open_store(store), both)
+    states: list[ExtractProgress] = []
+    summary = extract_corpus(
+        store, both, TINY, random_seed=0, rows_per_shard=ROWS, here=True, on_progress=states.append
+    )
+    assert summary.tally == Tally(2, 300, {"overflow": 1})
+    assert all(state.done <= state.videos for state in states)
+    assert (states[-1].done, states[-1].videos, states[-1].eta_s) == (2, 2, 0)
