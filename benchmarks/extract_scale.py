@@ -128,12 +128,14 @@ def simulated(folder: Path, count: int) -> dict[str, str]:
 
     actor = ray.remote(num_cpus=1)(SyntheticWorker)
     dispatch = Dispatch(lambda: actor.remote(store), lambda: WORKERS, look)
-    cpu, began, rounds, finalising = time.process_time(), time.monotonic(), 0, 0.0
+    cpu, began, rounds = time.process_time(), time.monotonic(), 0
+    finalising = handed = 0.0
     while tasks:
         dispatch.run(tasks)
         rounds += 1
         if rounds == 1:
             ran, driver = time.monotonic() - began, time.process_time() - cpu
+            handed = process.memory_info().rss / 2**20
             shards, first = dispatch.shards_done, time.monotonic()
             finalise(store)
             finalising = time.monotonic() - first
@@ -142,13 +144,12 @@ def simulated(folder: Path, count: int) -> dict[str, str]:
     finalise(store)
     ray.shutdown()
     tenth = next(rss for done, rss in memory if done >= shards // 10)
-    last = [rss for done, rss in memory if done <= shards][-1]
     return {
         "videos": f"{count:,} in {shards:,} shards (and {dispatch.shards_done - shards:,} of what overflowed)",
         "planning": f"{planned:.1f} s",
         "handing out, with commits": f"{ran:.0f} s, {1000 * ran / shards:.0f} ms a shard",
         "driver": f"{1000 * driver / shards:.1f} ms of a core a shard",
-        "driver's memory": f"{tenth:.0f} MB after a tenth of the shards, {last:.0f} MB after all",
+        "driver's memory": f"{tenth:.0f} MB after a tenth of the shards, {handed:.0f} MB after all",
         "finalising": f"{finalising:.1f} s (goal: 60)",
     }
 
