@@ -1,41 +1,45 @@
 """benchmarks/parity.py: passes on the reference's recordings, and sees one number that is wrong."""
 
+import importlib
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "parity.py"
 FILES = ("ft_joint.npz", "ft_nlg.npz", "pretrain_mtm.npz", "dedup.json")
 
 
-def parity(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, check=False)
+@pytest.fixture
+def parity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], None]:
+    """The script's main, asked for `tmp_path`."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.setattr("sys.argv", ["parity.py", str(tmp_path)])
+    return importlib.import_module("parity").main
 
 
-def test_the_recordings_pass_and_a_wrong_number_does_not(shared: Path, tmp_path: Path) -> None:
+def test_the_recordings_pass_and_a_wrong_number_does_not(
+    parity: Callable[[], None], shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in FILES:
         shutil.copy(shared / "golden" / name, tmp_path)
     shutil.copytree(shared / "golden" / "bert_tiny", tmp_path / "bert_tiny")
-    done = parity(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert {name for name in FILES if f"| {name} | " in done.stdout} == set(FILES)
-    assert "| NO |" not in done.stdout
-    assert "| ft_nlg.npz | all of it | | | not built yet |" in done.stdout
+    parity()
+    told = capsys.readouterr().out
+    assert {name for name in FILES if f"| {name} | " in told} == set(FILES)
+    assert "| NO |" not in told
+    assert "| ft_nlg.npz | all of it | | | not built yet |" in told
     with np.load(tmp_path / "ft_joint.npz") as arrays:
         numbers = {key: arrays[key].copy() for key in arrays.files}
     numbers["out/test/pooled_text"].flat[-1] += 2e-5
     (tmp_path / "ft_joint.npz").unlink()
     np.savez(tmp_path / "ft_joint.npz", **numbers)
-    done = parity(tmp_path)
-    assert done.returncode == 1
-    assert "1 of " in done.stderr
-    assert "| ft_joint.npz | pooled text | 2" in done.stdout
+    with pytest.raises(SystemExit, match="1 of .* differ by more than is allowed"):
+        parity()
+    assert "| ft_joint.npz | pooled text | 2" in capsys.readouterr().out
 
 
-def test_a_folder_without_recordings(tmp_path: Path) -> None:
-    done = parity(tmp_path)
-    assert done.returncode == 1
-    assert "holds none of s3d_io.npz" in done.stderr
+def test_a_folder_without_recordings(parity: Callable[[], None]) -> None:
+    with pytest.raises(SystemExit, match=r"holds none of s3d_io\.npz"):
+        parity()
