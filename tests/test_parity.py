@@ -35,7 +35,7 @@ def test_the_recordings_pass_and_a_wrong_number_does_not(
     numbers["out/test/pooled_text"].flat[-1] += 2e-5
     (tmp_path / "ft_joint.npz").unlink()
     np.savez(tmp_path / "ft_joint.npz", **numbers)
-    with pytest.raises(SystemExit, match="1 of .* differ by more than is allowed"):
+    with pytest.raises(SystemExit, match=r"1 of .* differ by more than is allowed"):
         parity()
     assert "| ft_joint.npz | pooled text | 2" in capsys.readouterr().out
 
