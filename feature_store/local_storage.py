@@ -132,8 +132,9 @@ class LocalStorage:
                 source.replace(final)
         except FileNotFoundError:
             return False
-        # Up to the root: the folders on the way may be new as well.
-        for folder in [source.parent, *final.parents]:
+        with suppress(FileNotFoundError):  # a sweep takes an attempt's folder away as soon as the shard is published
+            fsync_dir(source.parent)
+        for folder in final.parents:  # up to the root: the folders on the way may be new as well
             fsync_dir(folder)
             if folder == self.root:
                 break
