@@ -1,5 +1,6 @@
 """Which videos make which shard: the plan, in segments that are only ever added (videos → features)."""
 
+import json
 import os
 import re
 from collections import Counter
@@ -20,7 +21,7 @@ from feature_store.layout import (
 from feature_store.records import clean_text
 from feature_store.shard import REPAIR
 from feature_store.storage import Root
-from vlm_dist.errors import StoreError
+from vlm_dist.errors import StoreError, StoreUnreachableError
 
 # A HowTo100M video has 390 rows on average, so that 168 of them fill a shard of 65,536 rows.
 MEAN_ROWS = 390
@@ -280,10 +281,19 @@ def fit_array(meta: StoreMeta) -> None:
 
 def array_fits(meta: StoreMeta, shards: int) -> bool:
     """Whether the features array has the metadata of so many shards."""
+    return array_shards(meta) == shards
+
+
+def array_shards(meta: StoreMeta) -> int | None:
+    """How many shards the features array has room for, by its metadata; None where that is damaged or lost."""
     try:
-        return meta.storage.read(FEATURES_JSON) == features_json(meta, shards)
-    except FileNotFoundError:
-        return False
+        data = meta.storage.read(FEATURES_JSON)
+        shards = int(json.loads(data)["shape"][0]) // meta.rows_per_shard
+    except StoreUnreachableError:
+        raise
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None
+    return shards if data == features_json(meta, shards) else None
 
 
 def _with_paths(task: ShardTask, given: dict[str, str]) -> ShardTask:

@@ -8,12 +8,21 @@ import zarr
 
 from feature_store.commit import void
 from feature_store.info import failures
-from feature_store.layout import create_store, open_store
-from feature_store.plan import PlannedVideo, anything_to_do, plan_videos, read_plan
+from feature_store.layout import FEATURES_JSON, create_store, open_store, set_shard_count
+from feature_store.plan import (
+    PlannedVideo,
+    Segment,
+    ShardTask,
+    anything_to_do,
+    create_segment,
+    plan_videos,
+    read_plan,
+)
 from feature_store.plan_repair import missing_segments
 from feature_store.records import VideoRecord
+from feature_store.verify import verify_store
 from feature_store.writer import ShardAttempt
-from tests.feature_store.store_tools import features, provenance, write_shards
+from tests.feature_store.store_tools import change, features, provenance, write_shards
 from vlm_dist.errors import StoreUnreachableError
 
 
@@ -153,6 +162,32 @@ def test_planners_at_once_lose_nothing(tmp_path: Path) -> None:
     assert sorted(found, key=lambda video: int(video.video_id[1:])) == planned(45)
     assert [task.shard for task in tasks] == list(range(len(tasks)))
     assert zarr.open_group(tmp_path, mode="r")["features"].shape[0] == len(tasks) * 512
+
+
+@pytest.mark.parametrize("damage", ["smaller than what is written", "larger than the plan", "other", "lost"])
+def test_an_array_that_was_not_grown_yet(tmp_path: Path, damage: str) -> None:
+    """What a planner leaves that is killed after its segment is whole; an array that does not fit is none."""
+    meta = create_store(tmp_path, provenance(), 512)
+    write_shards(tmp_path, {"v0": features("v0", 9)})
+    (video,) = planned(1, 1)
+    assert create_segment(meta, Segment(1, 1, (ShardTask(1, (video,)),), ()))
+    assert verify_store(tmp_path).problems == []
+    if damage.startswith("smaller"):
+        with ShardAttempt(tmp_path, 1) as attempt:
+            attempt.add(VideoRecord(video_id="v1"), features("v1", 9))
+            assert attempt.commit()
+    elif damage.startswith("larger"):
+        set_shard_count(meta, 3)
+    elif damage == "other":
+        change(tmp_path, FEATURES_JSON, lambda data: data.replace(b"float16", b"float32"))
+    else:
+        (tmp_path / FEATURES_JSON).unlink()
+    (problem,) = verify_store(tmp_path).problems
+    assert (problem.kind, problem.where) == ("metadata", f"{tmp_path}/{FEATURES_JSON}")
+    report = verify_store(tmp_path, repair=True)
+    assert report.problems == []
+    assert "wrote features/zarr.json anew" in report.repaired
+    assert zarr.open_group(tmp_path, mode="r")["features"].shape[0] == 2 * 512
 
 
 def test_ids_that_are_not_utf8_are_made_so(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_a_shard_that_is_planned_while_the_store_is_looked_at(
 
         monkeypatch.setattr(inspection, name, extract_first)
 
-    later("array_fits", "late")
+    later("array_shards", "late")
     assert verify_store(store).problems == []
     later("iter_records", "later")
     assert verify_store(store).problems == []
