@@ -6,10 +6,10 @@ import os
 import resource
 import shutil
 import stat
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -18,6 +18,7 @@ from vlm_dist.errors import StoreError, StoreUnreachableError
 
 SCRATCH = "_staging"  # the store's folder of unfinished things
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+Parsed = TypeVar("Parsed")
 _SEAL = b'{"crc32c":"%08x","body":'
 _SEAL_LENGTH = len(_SEAL % 0)
 
@@ -76,6 +77,23 @@ def unseal(data: bytes, where: Path | str) -> dict[str, Any]:
     if data[:_SEAL_LENGTH] != _SEAL % crc32c(body) or data[-2:] != b"}\n":
         raise StoreError(f"{where} is damaged (crc32c differs); run `vlm-dist store verify --repair` on the store")
     return json.loads(body)
+
+
+def unseal_as(what: str, data: bytes, where: Path | str, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
+    """What `parse` makes of a sealed body. A seal does not say what it seals: any sealed file may lie in any place.
+
+    Raises:
+        StoreError: names `where`; a byte differs, or it is something else than `what`.
+    """
+    try:
+        return parse(unseal(data, where))
+    except StoreError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(
+            f"{where} is damaged: it is not {what} (another file was put in its place, or another version wrote it); "
+            "run `vlm-dist store verify --repair` on the store"
+        ) from error
 
 
 @contextmanager
