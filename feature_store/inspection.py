@@ -82,9 +82,10 @@ class Inspection:
                 self._report("plan", f"plan segment {number}", error)
                 continue
             if not self.bad_segments and segment.first_shard != len(planned):
-                self._report(
-                    "plan", f"plan segment {number}", f"begins at shard {segment.first_shard}, not {len(planned)}"
-                )
+                self.bad_segments.append(number)
+                wrong = f"begins at shard {segment.first_shard}, not {len(planned)}"
+                self._report("plan", f"plan segment {number}", wrong)
+                continue
             planned |= {task.shard: {video.video_id for video in task.videos} for task in segment.tasks}
         return planned
 

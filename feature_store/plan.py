@@ -6,9 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from feature_store.commit import committed_shards, iter_commits
-from feature_store.files import seal, unseal
+from feature_store.files import seal, unseal_as
 from feature_store.layout import (
     FEATURES_JSON,
     PLANS,
@@ -262,12 +263,26 @@ def read_segment(meta: StoreMeta, number: int) -> Segment:
 
 
 def _parse(meta: StoreMeta, number: int, data: bytes) -> Segment:
-    body = unseal(data, meta.place(segment_key(number)))
-    first = body["first_shard"]
+    segment = segment_of(data, meta.place(segment_key(number)))
+    if segment.number != number:
+        raise StoreError(
+            f"{meta.place(segment_key(number))} is plan segment {segment.number}: a file was copied or renamed; "
+            "run `vlm-dist store verify --repair` on the store"
+        )
+    return segment
+
+
+def segment_of(data: bytes, where: str) -> Segment:
+    """The segment in a plan file, whatever the file's name; StoreError where it is damaged."""
+    return unseal_as("a plan segment", data, where, _segment)
+
+
+def _segment(body: dict[str, Any]) -> Segment:
+    first: int = body["first_shard"]
     tasks = (
         ShardTask(first + k, tuple(PlannedVideo(*video) for video in videos)) for k, videos in enumerate(body["shards"])
     )
-    return Segment(number, first, tuple(tasks), tuple(PlannedVideo(*video) for video in body["duplicates"]))
+    return Segment(body["segment"], first, tuple(tasks), tuple(PlannedVideo(*video) for video in body["duplicates"]))
 
 
 def fit_array(meta: StoreMeta) -> None:
