@@ -12,7 +12,7 @@ import numpy as np
 
 from feature_store.arrays import ArrayInfo, check_column, open_column
 from feature_store.caption_table import CaptionTable, VideoCaptions, unpack_ids
-from feature_store.files import crc32c, descriptor_guard, unseal
+from feature_store.files import crc32c, descriptor_guard, unseal_as
 from feature_store.layout import CURRENT, SNAPSHOTS, StoreMeta, open_store
 from feature_store.published import SNAPSHOT_JSON, Tree
 from feature_store.storage import Root
@@ -21,6 +21,7 @@ from vlm_dist.errors import StoreError, StoreUnreachableError
 VIDEO_COLUMNS = ("shard", "row", "n_rows", "crc32c", "status")
 STATUS_OK = 0
 _POINTERS = ("clip_ptr", "tok_ptr", "text_ptr", "caption_crc32c")
+_TOLD = {"arrays", "captions", "failed", "fingerprint", "pending"}  # in every snapshot.json, and in no other file
 Found = TypeVar("Found")
 _CHECKED_AT_ONCE = ("video_id", "video_id_ptr", *VIDEO_COLUMNS, *_POINTERS)
 
@@ -271,9 +272,15 @@ def snapshot_key(name: str) -> str:
 
 
 def snapshot_details(data: bytes, where: Path | str) -> dict[str, Any]:
-    """What snapshot.json says; StoreError where it is damaged. Snapshots of schema 1 have no marks."""
-    marks: dict[str, Any] = {"deleted": {}, "splits": {}}
-    details = marks | unseal(data, where)
+    """What snapshot.json says; StoreError where it is damaged."""
+    return unseal_as("the snapshot.json of a snapshot", data, where, _details)
+
+
+def _details(body: dict[str, Any]) -> dict[str, Any]:
+    marks: dict[str, Any] = {"deleted": {}, "splits": {}}  # snapshots of schema 1 have none
+    details = marks | body
+    if lacking := _TOLD - details.keys():
+        raise KeyError(*lacking)
     # `files` are those of no array, with their bytes where they are known. Before it was told, a tokenizer had these.
     tokenizer = ("vocab.txt", "tokenizer.json", "tokenizer_config.json") if details["captions"] else ()
     return {"files": {f"tokenizer/{name}": None for name in tokenizer}} | details

@@ -173,6 +173,9 @@ def test_a_damaged_object_of_a_published_folder_is_named(bucket: str) -> None:
     storage.replace("index/000001/LOCATION", seal({"folder": "x", "files": {}})[:-5])
     with pytest.raises(StoreError, match="LOCATION is damaged"):
         storage.tree("index/000001")
+    storage.replace("index/000001/LOCATION", seal({"of": "another kind"}))
+    with pytest.raises(StoreError, match="LOCATION is damaged: it is not a snapshot's location"):
+        storage.tree("index/000001")
 
 
 def test_a_bucket_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:

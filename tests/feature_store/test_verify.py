@@ -296,6 +296,43 @@ def test_damaged_metadata_and_plan(narrated: Path, corpus: Corpus) -> None:
     restore(narrated, corpus)
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "what", "kind"),
+    [
+        ("_plan/store.json", "_plan/plan-000.json", "a plan segment", "plan"),
+        ("_commits/000002.json", "index/000002/snapshot.json", "the snapshot.json of a snapshot", "index"),
+        ("_plan/plan-000.json", "_commits/000003.json", "a commit record", "commit"),
+        ("index/000002/snapshot.json", "_plan/store.json", "", "metadata"),
+    ],
+)
+def test_a_sealed_file_of_another_kind(
+    narrated: Path, corpus: Corpus, source: str, target: str, what: str, kind: str
+) -> None:
+    """A seal does not say what it seals: each reader of one must."""
+    whole = (narrated / target).read_bytes()
+    shutil.copy(narrated / source, narrated / target)
+    (problem,) = (problem for problem in verify_store(narrated).problems if problem.kind == kind)
+    if what:
+        assert f"{narrated}/{target} is damaged: it is not {what}" in problem.message
+        assert "\n" not in problem.message
+    report = verify_store(narrated, deep=True, repair=True)
+    assert report.problems == []
+    assert StoreIndex(narrated).num_videos == 30
+    assert kind in ("plan", "commit") or (narrated / target).read_bytes() == whole
+    restore(narrated, corpus)
+
+
+def test_a_copy_of_the_metadata_that_is_none(narrated: Path) -> None:
+    whole = (narrated / "zarr.json").read_bytes()
+    shutil.copy(narrated / "_plan/plan-000.json", narrated / "_plan/store.json")
+    (narrated / "zarr.json").unlink()
+    for look in (lambda: verify_store(narrated, repair=True), lambda: create_store(narrated, provenance(), 1024)):
+        with pytest.raises(StoreError, match=r"zarr\.json of .* and so is its second copy _plan/store\.json: restore"):
+            look()
+    (narrated / "zarr.json").write_bytes(whole)
+    assert verify_store(narrated, repair=True).repaired == ["wrote _plan/store.json anew"]
+
+
 def test_two_hundred_flipped_bits(narrated: Path, corpus: Corpus, tmp_path: Path) -> None:
     """Every flipped bit is found by a deep look, or an error names the file; with checks no wrong byte is read."""
     rng = random.Random(0)
