@@ -72,9 +72,28 @@ def test_files_are_plain_npy(store: Path, tmp_path: Path) -> None:
     assert (summary.written, summary.kept, summary.bytes) == (30, 0, sum(map(len, found.values())))
     assert seen == list(range(1, 31))
     for video_id, raw in found.items():
-        rows = np.load(tmp_path / "out" / f"{video_id}.npy")
+        path = tmp_path / "out" / f"{video_id}.npy"
+        rows = np.load(path)
         assert rows.dtype == np.float16
         assert rows.tobytes() == raw
+        np.save(tmp_path / "numpy.npy", rows)
+        assert path.read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+
+
+def test_an_export_to_a_full_disk(captioned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    index = StoreIndex(captioned)
+    names = [path_of_id(index.video_id(video), ".npy") for video in range(index.num_videos)]
+    for export, files in ((export_npy, names), (export_parquet, ["videos.parquet", "clips.parquet"])):
+        for name in map(Path, files):
+            full = out / name.with_name(f".{name.name}.partial")
+            full.parent.mkdir(parents=True, exist_ok=True)
+            full.symlink_to("/dev/full")
+        with pytest.raises(StoreError, match=r"the disk of .*/out/.* is full: [\d,]+ bytes are needed .* run the same"):
+            export(captioned, out)
+        for partial in out.rglob(".*.partial"):
+            partial.unlink()
+        export(captioned, out)
 
 
 def test_again_writes_only_what_is_not_there_whole(store: Path, tmp_path: Path) -> None:
