@@ -176,14 +176,16 @@ class LocalStorage:
             fsync_dir(folder)
 
     def publish(self, folder: Path, key: str) -> bool:
-        self.path(key).parent.mkdir(exist_ok=True)  # a copy of a store may have lost it
-        try:
-            folder.rename(self.path(key))
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            return False
-        fsync_dir(self.path(key).parent)
+        path = self.path(key)
+        with self._writing(path, 4096):
+            path.parent.mkdir(exist_ok=True)  # a copy of a store may have lost it
+            try:
+                folder.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return False
+        fsync_dir(path.parent)
         return True
 
     def tree(self, key: str) -> Tree:
