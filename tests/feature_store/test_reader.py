@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from feature_store.shard_source import FileShard, MappedShard, open_shard
 from feature_store.show import video_facts
 from feature_store.snapshot import finalise
 from tests.feature_store.store_tools import F, features, flip_bit, make_store, write_shards
-from vlm_dist.errors import StoreError
+from vlm_dist.errors import ConfigError, StoreError
 
 Corpus = dict[str, np.ndarray | None]
 
@@ -249,6 +250,19 @@ def test_any_corpus_comes_back(
     assert reader.index.num_videos == len(expected)
     for video_id, rows in expected.items():
         assert np.array_equal(reader.read(reader.index.find(video_id)), rows)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"check": "foo"}, r"check is 'foo'; it must be one of 'off', 'sampled', 'always'"),
+        ({"max_open": 0}, "max_open is 0; it must be 1 or more"),
+        ({"cache_bytes": -1}, "cache_bytes is -1; it must be 0 or more"),
+    ],
+)
+def test_arguments_that_mean_nothing(store: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FeatureReader(store, **wrong)
 
 
 def test_a_number_that_is_no_video(store: Path) -> None:
