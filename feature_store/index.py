@@ -12,7 +12,7 @@ import numpy as np
 
 from feature_store.arrays import ArrayInfo, check_column, open_column
 from feature_store.caption_table import CaptionTable, VideoCaptions, unpack_ids
-from feature_store.files import crc32c, descriptor_guard, unseal_as
+from feature_store.files import crc32c, descriptor_guard, read_file, unseal_as
 from feature_store.layout import CURRENT, SNAPSHOTS, StoreMeta, open_store
 from feature_store.published import SNAPSHOT_JSON, Tree
 from feature_store.storage import Root
@@ -71,7 +71,7 @@ class StoreIndex:
         """Maps the columns."""
         path = self.folder / SNAPSHOT_JSON
         try:
-            self.details: dict[str, Any] = snapshot_details(path.read_bytes(), path)
+            self.details: dict[str, Any] = snapshot_details(read_file(path), path)
         except FileNotFoundError:
             raise self._missing() from None
         self.fingerprint: str = self.details["fingerprint"]

@@ -143,7 +143,9 @@ class Inspection:
         key, size = shard_place(self.meta, commit, self.published)
         where = f"shard {commit.shard} ({self.meta.place(key)})"
         if size is None:
-            self._report("shard", where, "is committed, but the file is missing")
+            path = self.meta.storage.local(key)
+            what = "a folder is in its place" if path and path.is_dir() else "the file is missing"
+            self._report("shard", where, f"is committed, but {what}")
             self.lost.update(record.video_id for record in commit.videos if record.status == "ok")
             return False
         if size == commit.size and not self.deep:

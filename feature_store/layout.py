@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from feature_store.files import SCRATCH, crc32c, seal, unseal_as
+from feature_store.files import SCRATCH, VOIDED, crc32c, seal, unseal_as
 from feature_store.records import Provenance
 from feature_store.storage import Root, Storage, open_storage
 from vlm_dist.errors import StoreError, StoreUnreachableError
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 2
 CHUNK_ROWS = 256
 MAX_SHARD_BYTES = 64 << 20
 CRC_BYTES = 4
-PLANS, COMMITS, VOIDED, SNAPSHOTS, CURRENT = "_plan", "_commits", "_voided", "index", "CURRENT"
+PLANS, COMMITS, SNAPSHOTS, CURRENT = "_plan", "_commits", "index", "CURRENT"
 FEATURES_JSON, SNAPSHOTS_JSON = "features/zarr.json", f"{SNAPSHOTS}/zarr.json"
 COPY = f"{PLANS}/store.json"  # of what zarr.json says: without it a store of years could not be opened
 _FOLDERS = ("features", SNAPSHOTS, PLANS, COMMITS, SCRATCH, VOIDED)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -319,6 +320,44 @@ def test_a_sealed_file_of_another_kind(
     assert report.problems == []
     assert StoreIndex(narrated).num_videos == 30
     assert kind in ("plan", "commit") or (narrated / target).read_bytes() == whole
+    restore(narrated, corpus)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("_commits/000003.json", "commit"),
+        ("_plan/plan-000.json", "plan"),
+        ("features/c/2/0", "shard"),
+        ("CURRENT", "index"),
+        ("index/000002/snapshot.json", "index"),
+        ("index/000002/clip_ptr/c/0", "index"),
+        ("index/000002/snapshot-copy.json", "metadata"),
+        ("features/zarr.json", "metadata"),
+        ("zarr.json", ""),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file(narrated: Path, corpus: Corpus, name: str, kind: str) -> None:
+    path = narrated / name
+    path.unlink()
+    path.mkdir()
+    (path / "thesis.tex").write_text("not ours")
+
+    def look() -> None:
+        reader = FeatureReader(narrated, "always")
+        for video in range(30):
+            reader.read(video)
+        plan_videos(narrated, [], 1)
+
+    if kind != "metadata":  # which our readers do not need, and each plan writes
+        with pytest.raises(StoreError, match=re.escape(name)):
+            look()
+    if kind:
+        assert kind in {problem.kind for problem in verify_store(narrated).problems}
+    report = verify_store(narrated, deep=True, repair=True)
+    assert report.problems == []
+    aside = [path.read_bytes() for path in (narrated / "_voided").rglob("*") if path.is_file()]
+    assert aside.count(b"not ours") == 1
     restore(narrated, corpus)
 
 
