@@ -5,6 +5,7 @@ Opening reads one small JSON file and maps the arrays, whatever the size of the 
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -20,6 +21,7 @@ from vlm_dist.errors import StoreError, StoreUnreachableError
 
 VIDEO_COLUMNS = ("shard", "row", "n_rows", "crc32c", "status")
 STATUS_OK = 0
+_NAMED = 5
 _POINTERS = ("clip_ptr", "tok_ptr", "text_ptr", "caption_crc32c")
 _TOLD = {"arrays", "captions", "failed", "fingerprint", "pending"}  # in every snapshot.json, and in no other file
 Found = TypeVar("Found")
@@ -105,8 +107,15 @@ class StoreIndex:
         self._map()
 
     def _missing(self) -> StoreError:
-        root = self.meta.root
-        return StoreError(f"{root} has no index snapshot {self.name}; run `vlm-dist store verify --repair` on it")
+        missing = f"{self.meta.root} has no index snapshot {self.name}"
+        there = [name for name in self.meta.storage.names(SNAPSHOTS) if name.isdigit()]
+        lost = self.name in there  # its folder is there, and empty
+        with suppress(StoreError):
+            lost = lost or current_snapshot(self.meta) == self.name
+        if lost:
+            return StoreError(f"{missing}; run `vlm-dist store verify --repair` on it")
+        newest = ", ".join(sorted(there, key=int)[-_NAMED:]) or "none"
+        return StoreError(f"{missing} (the newest are: {newest}): it was pruned, or its name is another")
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, str, None, bool]]:
         return type(self), (self.meta.root, self.name, None, self._unchecked)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from feature_store.index import StoreIndex
+from feature_store.index import StoreIndex, current_line
 from feature_store.info import store_info
 from feature_store.marks import delete_videos
 from feature_store.reader import FeatureReader
@@ -213,8 +213,11 @@ def test_stores_without_a_snapshot(tmp_path: Path, store: Path) -> None:
     (store / "CURRENT").write_bytes(line)
     with pytest.raises(StoreError, match="CURRENT is damaged"):
         StoreIndex(store)
-    with pytest.raises(StoreError, match="no index snapshot 000009"):
+    with pytest.raises(StoreError, match=r"no index snapshot 000009 \(the newest are: 000001\): it was pruned, or"):
         StoreIndex(store, "000009")
+    (store / "CURRENT").write_bytes(current_line("000009"))
+    with pytest.raises(StoreError, match=r"no index snapshot 000009; run `vlm-dist store verify --repair`"):
+        StoreIndex(store)
 
 
 def test_damaged_snapshots_do_not_open(store: Path) -> None:
