@@ -1,8 +1,5 @@
 """Fixtures of the store's tests."""
 
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +18,3 @@ def corpus() -> dict[str, np.ndarray | None]:
 def store(tmp_path: Path, corpus: dict[str, np.ndarray | None]) -> Path:
     """A finished store of the corpus, without captions."""
     return make_store(tmp_path / "store", corpus)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
-    if not mounted:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
