@@ -81,10 +81,7 @@ def open_column(folder: Path, name: str, info: ArrayInfo) -> np.ndarray:
     if not wanted:
         return np.empty(0, dtype)
     path = folder / column_key(name)
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        size = 0
+    size = path.stat().st_size if path.is_file() else 0
     if size != wanted:
         raise StoreError(
             f"index array {path} has {size:,} bytes, {wanted:,} belong there; "

@@ -9,9 +9,9 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from feature_store.files import SCRATCH, seal, unseal
+from feature_store.files import SCRATCH, seal, unseal_as
 from feature_store.layout import COMMITS, VOIDED, StoreMeta, shard_key
 from feature_store.records import VideoRecord
 from feature_store.shard import REPAIR
@@ -72,11 +72,7 @@ def read_commit(meta: StoreMeta, shard: int) -> Commit:
 
 def _parse(meta: StoreMeta, shard: int, data: bytes) -> Commit:
     place = meta.place(commit_key(shard))
-    body = unseal(data, place)
-    try:
-        commit = Commit.model_validate(body)
-    except ValidationError as error:
-        raise StoreError(f"{place} is not a commit record that this version understands: {error}") from error
+    commit = unseal_as("a commit record", data, place, Commit.model_validate)
     if commit.shard != shard:
         raise StoreError(f"{place} is the record of shard {commit.shard}: a file was copied or renamed. {REPAIR}")
     if commit.origin and commit.origin != meta.provenance.digest:

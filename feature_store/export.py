@@ -16,7 +16,7 @@ import numpy as np
 from feature_store.file_names import id_of_path, path_of_id
 from feature_store.files import crc32c, disk_guard
 from feature_store.index import StoreIndex
-from feature_store.npy import read_header, read_rows
+from feature_store.npy import read_header, read_rows, write_rows
 from feature_store.reader import FeatureReader
 from feature_store.storage import Root
 from vlm_dist.errors import ExtractionError, StoreError
@@ -96,7 +96,7 @@ def export_npy(root: Root, folder: Path, on_progress: Callable[[int], None] = la
         else:
             rows = reader.read(video)
             with published(path, rows.nbytes) as temporary, temporary.open("wb") as file:
-                np.save(file, rows)
+                write_rows(file, rows)
             written, size = written + 1, size + rows.nbytes
         on_progress(written + kept)
     return ExportSummary(written, kept, size)

@@ -6,18 +6,19 @@ import os
 import resource
 import shutil
 import stat
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
 
 from vlm_dist.errors import StoreError, StoreUnreachableError
 
-SCRATCH = "_staging"  # the store's folder of unfinished things
+SCRATCH, VOIDED = "_staging", "_voided"  # the store's folders of unfinished things, and of what repairs took out
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+Parsed = TypeVar("Parsed")
 _SEAL = b'{"crc32c":"%08x","body":'
 _SEAL_LENGTH = len(_SEAL % 0)
 
@@ -36,6 +37,14 @@ def no_plain_file(path: Path) -> str:
     if stat.S_ISREG(mode):
         return ""
     return "is a folder" if stat.S_ISDIR(mode) else "is no plain file, but a pipe, a socket or a device"
+
+
+def read_file(path: Path) -> bytes:
+    """A file's bytes. A folder in its place has none, so that it counts as a damaged file, and is mended as one."""
+    try:
+        return path.read_bytes()
+    except IsADirectoryError:
+        return b""
 
 
 def file_crc32c(path: Path) -> int:
@@ -74,8 +83,26 @@ def unseal(data: bytes, where: Path | str) -> dict[str, Any]:
     """What `seal` was given, from what it made; StoreError that names `where` if a byte of it differs."""
     body = data[_SEAL_LENGTH:-2]
     if data[:_SEAL_LENGTH] != _SEAL % crc32c(body) or data[-2:] != b"}\n":
-        raise StoreError(f"{where} is damaged (crc32c differs); run `vlm-dist store verify --repair` on the store")
+        why = "crc32c differs" if data else "it is empty, or a folder"
+        raise StoreError(f"{where} is damaged ({why}); run `vlm-dist store verify --repair` on the store")
     return json.loads(body)
+
+
+def unseal_as(what: str, data: bytes, where: Path | str, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
+    """What `parse` makes of a sealed body. A seal does not say what it seals: any sealed file may lie in any place.
+
+    Raises:
+        StoreError: names `where`; a byte differs, or it is something else than `what`.
+    """
+    try:
+        return parse(unseal(data, where))
+    except StoreError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(
+            f"{where} is damaged: it is not {what} (another file was put in its place, or another version wrote it); "
+            "run `vlm-dist store verify --repair` on the store"
+        ) from error
 
 
 @contextmanager

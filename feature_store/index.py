@@ -5,6 +5,7 @@ Opening reads one small JSON file and maps the arrays, whatever the size of the 
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from feature_store.arrays import ArrayInfo, check_column, open_column
 from feature_store.caption_table import CaptionTable, VideoCaptions, unpack_ids
-from feature_store.files import crc32c, descriptor_guard, unseal
+from feature_store.files import crc32c, descriptor_guard, read_file, unseal_as
 from feature_store.layout import CURRENT, SNAPSHOTS, StoreMeta, open_store
 from feature_store.published import SNAPSHOT_JSON, Tree
 from feature_store.storage import Root
@@ -20,7 +21,9 @@ from vlm_dist.errors import StoreError, StoreUnreachableError
 
 VIDEO_COLUMNS = ("shard", "row", "n_rows", "crc32c", "status")
 STATUS_OK = 0
+_NAMED = 5
 _POINTERS = ("clip_ptr", "tok_ptr", "text_ptr", "caption_crc32c")
+_TOLD = {"arrays", "captions", "failed", "fingerprint", "pending"}  # in every snapshot.json, and in no other file
 Found = TypeVar("Found")
 _CHECKED_AT_ONCE = ("video_id", "video_id_ptr", *VIDEO_COLUMNS, *_POINTERS)
 
@@ -70,7 +73,7 @@ class StoreIndex:
         """Maps the columns."""
         path = self.folder / SNAPSHOT_JSON
         try:
-            self.details: dict[str, Any] = snapshot_details(path.read_bytes(), path)
+            self.details: dict[str, Any] = snapshot_details(read_file(path), path)
         except FileNotFoundError:
             raise self._missing() from None
         self.fingerprint: str = self.details["fingerprint"]
@@ -104,8 +107,15 @@ class StoreIndex:
         self._map()
 
     def _missing(self) -> StoreError:
-        root = self.meta.root
-        return StoreError(f"{root} has no index snapshot {self.name}; run `vlm-dist store verify --repair` on it")
+        missing = f"{self.meta.root} has no index snapshot {self.name}"
+        there = [name for name in self.meta.storage.names(SNAPSHOTS) if name.isdigit()]
+        lost = self.name in there  # its folder is there, and empty
+        with suppress(StoreError):
+            lost = lost or current_snapshot(self.meta) == self.name
+        if lost:
+            return StoreError(f"{missing}; run `vlm-dist store verify --repair` on it")
+        newest = ", ".join(sorted(there, key=int)[-_NAMED:]) or "none"
+        return StoreError(f"{missing} (the newest are: {newest}): it was pruned, or its name is another")
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, str, None, bool]]:
         return type(self), (self.meta.root, self.name, None, self._unchecked)
@@ -271,9 +281,15 @@ def snapshot_key(name: str) -> str:
 
 
 def snapshot_details(data: bytes, where: Path | str) -> dict[str, Any]:
-    """What snapshot.json says; StoreError where it is damaged. Snapshots of schema 1 have no marks."""
-    marks: dict[str, Any] = {"deleted": {}, "splits": {}}
-    details = marks | unseal(data, where)
+    """What snapshot.json says; StoreError where it is damaged."""
+    return unseal_as("the snapshot.json of a snapshot", data, where, _details)
+
+
+def _details(body: dict[str, Any]) -> dict[str, Any]:
+    marks: dict[str, Any] = {"deleted": {}, "splits": {}}  # snapshots of schema 1 have none
+    details = marks | body
+    if lacking := _TOLD - details.keys():
+        raise KeyError(*lacking)
     # `files` are those of no array, with their bytes where they are known. Before it was told, a tokenizer had these.
     tokenizer = ("vocab.txt", "tokenizer.json", "tokenizer_config.json") if details["captions"] else ()
     return {"files": {f"tokenizer/{name}": None for name in tokenizer}} | details

@@ -4,12 +4,13 @@ Quick: plan, commit records, shard files (size), index snapshots and captions fi
 States that a kill can leave (a staged attempt, a commit that is not published yet) are no problems.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from feature_store.commit import Commit, commit_key, committed_shards, iter_records, shard_place
 from feature_store.inspection_index import IndexInspection, Video
 from feature_store.layout import FEATURES_JSON, StoreMeta, shard_key, wrong_metadata
-from feature_store.plan import array_fits, planned_shards, read_segment, segment_numbers
+from feature_store.plan import array_shards, planned_shards, read_segment, segment_numbers
 from feature_store.plan_repair import missing_segments
 from feature_store.problem import Kind, Problem
 from feature_store.shard import shard_bytes
@@ -51,6 +52,7 @@ class Inspection:
         self.published = self.meta.storage.sizes("features/c")
         shards = committed_shards(self.meta)
         self.planned = self._plan()
+        self._array(shards)
         for shard, commit in iter_records(self.meta, shards):
             self._commit(shard, commit)
         self._orphans()
@@ -65,7 +67,7 @@ class Inspection:
         self.problems.append(Problem(kind=kind, where=str(where), message=str(message)))
 
     def _plan(self) -> dict[int, set[str]]:
-        """Planned ids by shard; checks that segments follow each other and that the array has room for them."""
+        """Planned ids by shard; checks that segments follow each other."""
         planned: dict[int, set[str]] = {}
         for number in missing_segments(self.meta):
             self.bad_segments.append(number)
@@ -80,15 +82,28 @@ class Inspection:
                 self._report("plan", f"plan segment {number}", error)
                 continue
             if not self.bad_segments and segment.first_shard != len(planned):
-                self._report(
-                    "plan", f"plan segment {number}", f"begins at shard {segment.first_shard}, not {len(planned)}"
-                )
+                self.bad_segments.append(number)
+                wrong = f"begins at shard {segment.first_shard}, not {len(planned)}"
+                self._report("plan", f"plan segment {number}", wrong)
+                continue
             planned |= {task.shard: {video.video_id for video in task.videos} for task in segment.tasks}
-        shards = max(planned, default=-1) + 1
-        fits = self.bad_segments or array_fits(self.meta, shards) or array_fits(self.meta, planned_shards(self.meta))
-        if not fits:  # not even what was planned meanwhile
-            self._report("metadata", self.meta.place(FEATURES_JSON), f"is not the metadata of {shards} planned shards")
         return planned
+
+    def _array(self, committed: Sequence[int]) -> None:
+        """Between a planner's segment and its last step, where it may be killed, the array is smaller than the plan.
+
+        That is no damage as long as nothing is written beyond it. Larger it is never.
+        """
+        numbers = (key.split("/")[2] for key in self.published)
+        used = max((*committed, *(int(number) for number in numbers if number.isdigit())), default=-1) + 1
+        room = array_shards(self.meta)  # before the plan is looked at once more, which others may add to meanwhile
+        if self.bad_segments or (room is not None and used <= room <= planned_shards(self.meta)):
+            return
+        planned = max(self.planned, default=-1) + 1
+        wrong = f"is not the metadata of {planned} planned shards"
+        if room is not None:
+            wrong = f"has room for {room} shards; {planned} are planned, and {used} written to"
+        self._report("metadata", self.meta.place(FEATURES_JSON), wrong)
 
     def _commit(self, shard: int, commit: Commit | StoreError) -> None:
         self.shards += 1
@@ -128,7 +143,9 @@ class Inspection:
         key, size = shard_place(self.meta, commit, self.published)
         where = f"shard {commit.shard} ({self.meta.place(key)})"
         if size is None:
-            self._report("shard", where, "is committed, but the file is missing")
+            path = self.meta.storage.local(key)
+            what = "a folder is in its place" if path and path.is_dir() else "the file is missing"
+            self._report("shard", where, f"is committed, but {what}")
             self.lost.update(record.video_id for record in commit.videos if record.status == "ok")
             return False
         if size == commit.size and not self.deep:

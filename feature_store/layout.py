@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from feature_store.files import SCRATCH, crc32c, seal, unseal
+from feature_store.files import SCRATCH, VOIDED, crc32c, seal, unseal_as
 from feature_store.records import Provenance
 from feature_store.storage import Root, Storage, open_storage
 from vlm_dist.errors import StoreError, StoreUnreachableError
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 2
 CHUNK_ROWS = 256
 MAX_SHARD_BYTES = 64 << 20
 CRC_BYTES = 4
-PLANS, COMMITS, VOIDED, SNAPSHOTS, CURRENT = "_plan", "_commits", "_voided", "index", "CURRENT"
+PLANS, COMMITS, SNAPSHOTS, CURRENT = "_plan", "_commits", "index", "CURRENT"
 FEATURES_JSON, SNAPSHOTS_JSON = "features/zarr.json", f"{SNAPSHOTS}/zarr.json"
 COPY = f"{PLANS}/store.json"  # of what zarr.json says: without it a store of years could not be opened
 _FOLDERS = ("features", SNAPSHOTS, PLANS, COMMITS, SCRATCH, VOIDED)
@@ -160,13 +160,40 @@ def open_store(root: Root) -> StoreMeta:
 def sound_attributes(storage: Storage) -> dict[str, Any] | None:
     """What zarr.json says of the store, of whatever schema; None where it is lost or damaged."""
     try:
-        attributes = json.loads(storage.read("zarr.json"))["attributes"]
-        store: dict[str, Any] = attributes["vlm_dist"]
-        return store if attributes["vlm_dist_crc32c"] == _attributes_crc(store) else None
+        return _checked_attributes(storage.read("zarr.json"))
     except StoreUnreachableError:
         raise
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
+
+
+def copied_attributes(storage: Storage) -> dict[str, Any] | None:
+    """The same of the second copy."""
+    try:
+        return _checked_attributes(_copied(storage))
+    except StoreUnreachableError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, StoreError):
+        return None
+
+
+def _checked_attributes(zarr_json: bytes) -> dict[str, Any]:
+    attributes = json.loads(zarr_json)["attributes"]
+    store: dict[str, Any] = attributes["vlm_dist"]
+    if attributes["vlm_dist_crc32c"] != _attributes_crc(store):
+        raise ValueError("the attributes do not fit their crc")
+    return store
+
+
+def _copied(storage: Storage) -> bytes:
+    """zarr.json, as its second copy says; StoreError where that is damaged."""
+
+    def parse(body: dict[str, Any]) -> bytes:
+        whole: bytes = body["zarr.json"].encode()
+        _checked_attributes(whole)
+        return whole
+
+    return unseal_as("the copy of zarr.json", storage.read(COPY), f"{storage.address}/{COPY}", parse)
 
 
 def keep_copy(storage: Storage) -> None:
@@ -177,15 +204,26 @@ def keep_copy(storage: Storage) -> None:
 
 
 def recover_metadata(root: Root) -> bool:
-    """Makes a lost or damaged zarr.json anew from the second copy; False where it is whole, or there is no copy."""
+    """Makes a lost or damaged zarr.json anew from the second copy; False where it is whole, or there is no copy.
+
+    Raises:
+        StoreError: the copy is damaged too.
+    """
     storage = open_storage(root)
     if sound_attributes(storage) is not None:
         return False
     try:
-        whole: str = unseal(storage.read(COPY), f"{storage.address}/{COPY}")["zarr.json"]
+        whole = _copied(storage)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    storage.replace("zarr.json", whole.encode())
+    except StoreUnreachableError:
+        raise
+    except StoreError as error:
+        raise StoreError(
+            f"zarr.json of {root} is lost or damaged, and so is its second copy {COPY}: restore one of them from a "
+            "backup, and run `vlm-dist store verify --repair`"
+        ) from error
+    storage.replace("zarr.json", whole)
     return True
 
 

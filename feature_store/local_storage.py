@@ -9,8 +9,9 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 
-from feature_store.files import SCRATCH, disk_guard, fsync_dir, write_durable
+from feature_store.files import SCRATCH, VOIDED, disk_guard, fsync_dir, read_file, write_durable
 from feature_store.published import Location, Tree
 from vlm_dist.errors import StoreError
 
@@ -47,16 +48,17 @@ class LocalStorage:
             ) from error
 
     def read(self, key: str) -> bytes:
-        return self.path(key).read_bytes()
+        return read_file(self.path(key))
 
     def read_many(self, keys: Sequence[str]) -> Iterator[bytes]:
         return map(self.read, keys)
 
     def size(self, key: str) -> int | None:
         try:
-            return self.path(key).stat().st_size
+            status = self.path(key).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return None if S_ISDIR(status.st_mode) else status.st_size
 
     def sizes(self, folder: str) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -108,10 +110,19 @@ class LocalStorage:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temp.parent.mkdir(exist_ok=True)
                 write_durable(temp, data)
-                temp.replace(path)
+                self._put(temp, path)
                 fsync_dir(path.parent)
             finally:
                 temp.unlink(missing_ok=True)
+
+    def _put(self, source: Path, final: Path) -> None:
+        """Renames; a folder in a file's place, which is nothing of the store's, goes aside with all that is in it."""
+        try:
+            source.replace(final)
+        except IsADirectoryError:
+            self.path(VOIDED).mkdir(exist_ok=True)
+            final.rename(self.path(VOIDED) / f"folder-{uuid.uuid4().hex}-{final.name}")
+            source.replace(final)
 
     def swap(self, key: str, before: bytes | None, data: bytes) -> bool:
         # Not one step, as POSIX has none: whoever swaps must look again afterwards, and all do.
@@ -129,11 +140,12 @@ class LocalStorage:
         try:
             with self._writing(final, 4096):
                 final.parent.mkdir(parents=True, exist_ok=True)
-                source.replace(final)
+                self._put(source, final)
         except FileNotFoundError:
             return False
-        # Up to the root: the folders on the way may be new as well.
-        for folder in [source.parent, *final.parents]:
+        with suppress(FileNotFoundError):  # a sweep takes an attempt's folder away as soon as the shard is published
+            fsync_dir(source.parent)
+        for folder in final.parents:  # up to the root: the folders on the way may be new as well
             fsync_dir(folder)
             if folder == self.root:
                 break
@@ -175,14 +187,16 @@ class LocalStorage:
             fsync_dir(folder)
 
     def publish(self, folder: Path, key: str) -> bool:
-        self.path(key).parent.mkdir(exist_ok=True)  # a copy of a store may have lost it
-        try:
-            folder.rename(self.path(key))
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            return False
-        fsync_dir(self.path(key).parent)
+        path = self.path(key)
+        with self._writing(path, 4096):
+            path.parent.mkdir(exist_ok=True)  # a copy of a store may have lost it
+            try:
+                folder.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return False
+        fsync_dir(path.parent)
         return True
 
     def tree(self, key: str) -> Tree:

@@ -31,6 +31,7 @@ class MarkReport(BaseModel):
     changed: int = Field(description="Videos that were not marked so before.")
     marked: int = Field(description="Videos that are marked now.")
     unknown: int = Field(description="Ids of the list that have no features in the store.")
+    unknown_ids: list[str] = Field(description="The first three of them.")
 
 
 def delete_videos(root: Root, video_ids: Iterable[str], undo: bool = False) -> MarkReport:
@@ -58,7 +59,7 @@ def delete_videos(root: Root, video_ids: Iterable[str], undo: bool = False) -> M
 
     name = update_snapshot(meta, build)
     now = set(StoreIndex(root, name).deleted())
-    return MarkReport(snapshot=name, changed=len(now ^ before), marked=len(now), unknown=len(unknown))
+    return _report(name, before, now, unknown)
 
 
 def name_split(root: Root, name: str, video_ids: Iterable[str] | None) -> MarkReport:
@@ -90,5 +91,16 @@ def name_split(root: Root, name: str, video_ids: Iterable[str] | None) -> MarkRe
     snapshot = update_snapshot(meta, build)
     now = set(ids or ())
     index = StoreIndex(root, snapshot)
-    unknown = sum(number < 0 for number in index.find_many([key.decode() for key in now]).tolist())
-    return MarkReport(snapshot=snapshot, changed=len(now ^ before), marked=len(now), unknown=unknown)
+    found = index.find_many([key.decode() for key in ids or ()]).tolist()
+    unknown = {key for key, number in zip(ids or (), found, strict=True) if number < 0}
+    return _report(snapshot, before, now, unknown)
+
+
+def _report(snapshot: str, before: set[bytes], now: set[bytes], unknown: set[bytes]) -> MarkReport:
+    return MarkReport(
+        snapshot=snapshot,
+        changed=len(now ^ before),
+        marked=len(now),
+        unknown=len(unknown),
+        unknown_ids=[key.decode() for key in sorted(unknown)[:3]],
+    )

@@ -7,7 +7,7 @@ a vlm-dist of schema 1 would bring deleted videos back, so it must not write to 
 from collections.abc import Callable
 from typing import Any
 
-from feature_store.layout import SCHEMA_VERSION, group_json, keep_copy, open_store, sound_attributes
+from feature_store.layout import SCHEMA_VERSION, copied_attributes, group_json, keep_copy, open_store, sound_attributes
 from feature_store.storage import Root, Storage, open_storage
 
 
@@ -31,7 +31,7 @@ def migrate_store(root: Root) -> list[int]:
     done: list[int] = []
     while True:
         store = sound_attributes(storage) or {}
-        version = store.get("schema_version")
+        version = _left_to_do(storage, store.get("schema_version"))
         if version not in _STEPS:
             open_store(root)  # says what is wrong, if anything is
             return done
@@ -39,6 +39,12 @@ def migrate_store(root: Root) -> list[int]:
         storage.replace("zarr.json", group_json({**store, "schema_version": version + 1}))
         keep_copy(storage)
         done.append(version)
+
+
+def _left_to_do(storage: Storage, version: Any) -> Any:
+    """The version to go on from: of zarr.json, or an older one of its copy, which each step writes last."""
+    copied = (copied_attributes(storage) or {}).get("schema_version")
+    return copied if version == SCHEMA_VERSION and copied in _STEPS else version
 
 
 assert set(_STEPS) == set(range(1, SCHEMA_VERSION)), "a step leads on from every older schema"

@@ -1,4 +1,4 @@
-"""An .npy file → its header, and any run of its rows, without trusting it (outside → import; export reads its own).
+"""An .npy file → its header, and any run of its rows, without trusting it (outside → import); rows → an .npy file.
 
 numpy's own loader would unpickle what it finds, and map a file that another process may cut short.
 """
@@ -74,6 +74,12 @@ def read_rows(path: Path, header: NpyHeader, start: int = 0, stop: int | None = 
     if len(flat) < count:
         raise ExtractionError(f"{path} was cut short while it was read", "truncated")
     return flat.reshape((stop - start, *header.shape[1:]), order="F" if header.fortran else "C")
+
+
+def write_rows(file: IO[bytes], rows: np.ndarray) -> None:
+    """What `np.save` writes of a contiguous array, which on a full disk raises an error without a number."""
+    npy_format.write_array_header_1_0(file, npy_format.header_data_from_array_1_0(rows))
+    file.write(rows.data)
 
 
 def parse_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:

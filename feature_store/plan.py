@@ -1,13 +1,15 @@
 """Which videos make which shard: the plan, in segments that are only ever added (videos → features)."""
 
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from feature_store.commit import committed_shards, iter_commits
-from feature_store.files import seal, unseal
+from feature_store.files import seal, unseal_as
 from feature_store.layout import (
     FEATURES_JSON,
     PLANS,
@@ -20,7 +22,7 @@ from feature_store.layout import (
 from feature_store.records import clean_text
 from feature_store.shard import REPAIR
 from feature_store.storage import Root
-from vlm_dist.errors import StoreError
+from vlm_dist.errors import StoreError, StoreUnreachableError
 
 # A HowTo100M video has 390 rows on average, so that 168 of them fill a shard of 65,536 rows.
 MEAN_ROWS = 390
@@ -261,12 +263,26 @@ def read_segment(meta: StoreMeta, number: int) -> Segment:
 
 
 def _parse(meta: StoreMeta, number: int, data: bytes) -> Segment:
-    body = unseal(data, meta.place(segment_key(number)))
-    first = body["first_shard"]
+    segment = segment_of(data, meta.place(segment_key(number)))
+    if segment.number != number:
+        raise StoreError(
+            f"{meta.place(segment_key(number))} is plan segment {segment.number}: a file was copied or renamed; "
+            "run `vlm-dist store verify --repair` on the store"
+        )
+    return segment
+
+
+def segment_of(data: bytes, where: str) -> Segment:
+    """The segment in a plan file, whatever the file's name; StoreError where it is damaged."""
+    return unseal_as("a plan segment", data, where, _segment)
+
+
+def _segment(body: dict[str, Any]) -> Segment:
+    first: int = body["first_shard"]
     tasks = (
         ShardTask(first + k, tuple(PlannedVideo(*video) for video in videos)) for k, videos in enumerate(body["shards"])
     )
-    return Segment(number, first, tuple(tasks), tuple(PlannedVideo(*video) for video in body["duplicates"]))
+    return Segment(body["segment"], first, tuple(tasks), tuple(PlannedVideo(*video) for video in body["duplicates"]))
 
 
 def fit_array(meta: StoreMeta) -> None:
@@ -280,10 +296,19 @@ def fit_array(meta: StoreMeta) -> None:
 
 def array_fits(meta: StoreMeta, shards: int) -> bool:
     """Whether the features array has the metadata of so many shards."""
+    return array_shards(meta) == shards
+
+
+def array_shards(meta: StoreMeta) -> int | None:
+    """How many shards the features array has room for, by its metadata; None where that is damaged or lost."""
     try:
-        return meta.storage.read(FEATURES_JSON) == features_json(meta, shards)
-    except FileNotFoundError:
-        return False
+        data = meta.storage.read(FEATURES_JSON)
+        shards = int(json.loads(data)["shape"][0]) // meta.rows_per_shard
+    except StoreUnreachableError:
+        raise
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None
+    return shards if data == features_json(meta, shards) else None
 
 
 def _with_paths(task: ShardTask, given: dict[str, str]) -> ShardTask:

@@ -1,5 +1,6 @@
 """What a repair plans: lost segments anew from the commit records, a shard for what was saved (see verify.py)."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 from feature_store.commit import committed_shards
@@ -14,8 +15,47 @@ from feature_store.plan import (
     read_segment,
     segment_key,
     segment_numbers,
+    segment_of,
 )
 from vlm_dist.errors import StoreError, StoreUnreachableError
+
+_ASIDE = re.compile(r"plan-\d{3,}\.json\.\d+")  # in `_voided`
+
+
+def restore_segments(meta: StoreMeta) -> list[str]:
+    """Puts whole plan segments that lie under another's number under their own, where that is damaged or lost.
+
+    What lay in a wrong place goes to `_voided` first, and is looked for there too: a repair that is killed loses none.
+
+    Returns:
+        What was done, a line a file.
+    """
+    storage = meta.storage
+    there = {number: _whole(meta, segment_key(number)) for number in segment_numbers(meta)}
+    sound = {number for number, found in there.items() if found and found[0] == number}
+    misplaced = {number: found for number, found in there.items() if found and found[0] != number}
+    for own, data in misplaced.values():
+        storage.replace(f"{VOIDED}/plan-{own:03d}.json.{len(storage.names(VOIDED))}", data)
+    aside = [f"{VOIDED}/{name}" for name in storage.names(VOIDED) if _ASIDE.fullmatch(name)]
+    kept = dict(found for key in aside if (found := _whole(meta, key)))
+    back = sorted(kept.keys() - sound)
+    for number in back:
+        storage.replace(segment_key(number), kept[number])
+    copies = [number for number in sorted(misplaced) if number not in back]
+    for number in copies:  # if it had a segment of its own, that is lost, and will be made anew as such
+        storage.remove(segment_key(number))
+    return [f"put plan segment {number} back under its own number" for number in back] + [
+        f"took out {segment_key(number)}: it was plan segment {misplaced[number][0]}" for number in copies
+    ]
+
+
+def _whole(meta: StoreMeta, key: str) -> tuple[int, bytes] | None:
+    """Its own number, and the bytes, of a segment in a plan file of whatever name; None where it is damaged."""
+    data = meta.storage.read(key)
+    try:
+        return segment_of(data, meta.place(key)).number, data
+    except StoreError:
+        return None
 
 
 def rebuild_segments(meta: StoreMeta, numbers: Sequence[int], commits: Mapping[int, Sequence[str]]) -> list[str]:

@@ -8,9 +8,9 @@ with their sizes and checksums. Folders of a disk are published plain (by a rena
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
-from feature_store.files import seal, unseal
+from feature_store.files import seal, unseal_as
 
 SNAPSHOT_JSON = "snapshot.json"  # the file that tells what the others of a snapshot are
 SNAPSHOT_COPY = "snapshot-copy.json"  # the same again: what was deleted and split is told nowhere else
@@ -47,9 +47,12 @@ class Location:
         """
         key = cls.key(published)
         try:
-            body = unseal(place.read(key), f"{place.address}/{key}")
+            return unseal_as("a snapshot's location", place.read(key), f"{place.address}/{key}", cls._parsed)
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    @classmethod
+    def _parsed(cls, body: dict[str, Any]) -> Self:
         return cls(body["folder"], {name: (size, crc) for name, (size, crc) in body["files"].items()})
 
     def sealed(self) -> bytes:

@@ -7,7 +7,7 @@ it as well.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self, get_args
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from feature_store.node_cache import ShardCache
 from feature_store.shard import REPAIR, bad_chunks
 from feature_store.shard_source import Buffers, ShardSource, open_shard, scatter
 from feature_store.storage import Root, fetched
-from vlm_dist.errors import StoreError
+from vlm_dist.errors import ConfigError, StoreError
 
 SAMPLE_EVERY = 16
 _MOST_CHUNKS = 512  # of one run: with the checksums in between they stay below IOV_MAX, 1024 buffers
@@ -60,6 +60,10 @@ class FeatureReader:
         max_open: shards that are kept open.
         cache_bytes: of whole shards of a store in a bucket that are kept on this node; 0 reads every video by a GET.
         mapped: map the shards of a store in a folder, for stores that fit into memory.
+
+    Raises:
+        ConfigError: another check, no shard that may be open, or a negative cache.
+        StoreError: no store, no such snapshot, or a damaged one.
     """
 
     def __init__(
@@ -71,6 +75,11 @@ class FeatureReader:
         cache_bytes: int = 0,
         mapped: bool = False,
     ) -> None:
+        if check not in get_args(Check):
+            raise ConfigError(f"check is {check!r}; it must be one of {', '.join(map(repr, get_args(Check)))}")
+        for name, value, least in (("max_open", max_open, 1), ("cache_bytes", cache_bytes, 0)):
+            if value < least:
+                raise ConfigError(f"{name} is {value}; it must be {least} or more")
         self.index = StoreIndex(root, snapshot, checked=check != "off")
         self.meta = self.index.meta
         self._check: Check = check

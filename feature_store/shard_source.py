@@ -71,6 +71,8 @@ def open_shard(meta: StoreMeta, shard: int, cache: ShardCache | None, mapped: bo
             return _kept_shard(meta, key, raw, cache, f"{where}#{tag}")
     except FileNotFoundError:
         raise StoreError(f"shard {shard}: {where} is missing. {REPAIR}") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise StoreError(f"shard {shard}: {where} is damaged (a folder and a file are mixed up). {REPAIR}") from None
 
 
 class FileShard:

@@ -19,8 +19,8 @@ from feature_store.at_work import SNAPSHOT, at_work
 from feature_store.caption_table import CaptionTable, TableWriter, pack_ids
 from feature_store.commit import roll_all_forward
 from feature_store.draft import Captions, Draft, Marks, VideoColumns
-from feature_store.files import disk_guard, fsync_dir, seal, unseal, write_durable
-from feature_store.index import STATUS_OK, StoreIndex, current_line, snapshot_key
+from feature_store.files import disk_guard, fsync_dir, seal, write_durable
+from feature_store.index import STATUS_OK, StoreIndex, current_line, snapshot_details, snapshot_key
 from feature_store.layout import CURRENT, GROUP_JSON, SNAPSHOTS, VOIDED, StoreMeta, open_store, scratch_name
 from feature_store.leftovers import VOIDED_SNAPSHOT, sweep
 from feature_store.published import SNAPSHOT_COPY, SNAPSHOT_JSON, Location
@@ -193,10 +193,10 @@ def recover_snapshots(meta: StoreMeta) -> list[str]:
 
 
 def _sound(meta: StoreMeta, key: str) -> bytes:
-    """A sealed object as it is; empty where it is damaged or lost."""
+    """A snapshot.json, or its copy, as it is; empty where it is damaged or lost."""
     try:
         data = meta.storage.read(key)
-        unseal(data, key)
+        snapshot_details(data, key)
     except StoreUnreachableError:
         raise
     except (StoreError, FileNotFoundError):

@@ -13,7 +13,7 @@ import numpy as np
 
 from feature_store.arrays import ArrayInfo, check_column, column_bytes, column_key, open_column
 from feature_store.caption_table import COLUMNS, CaptionTable, VideoCaptions, pack_ids, unpack_ids
-from feature_store.files import crc32c
+from feature_store.files import crc32c, read_file
 from feature_store.index import array_groups, snapshot_details, snapshot_key
 from feature_store.layout import StoreMeta
 from feature_store.node_files import usable
@@ -34,7 +34,7 @@ class SnapshotParts:
         path = folder / SNAPSHOT_JSON
         self.name = name
         self.folder = folder
-        self.details = snapshot_details(path.read_bytes(), path)
+        self.details = snapshot_details(read_file(path), path)
         self._groups = array_groups(self.details)
 
     @property

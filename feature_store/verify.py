@@ -19,7 +19,7 @@ from feature_store.layout import (
     wrong_metadata,
 )
 from feature_store.plan import array_fits, planned_shards
-from feature_store.plan_repair import missing_segments, planned_paths, rebuild_segments
+from feature_store.plan_repair import missing_segments, planned_paths, rebuild_segments, restore_segments
 from feature_store.problem import Problem
 from feature_store.restore import restore_records
 from feature_store.salvage import salvage_shard, settled_elsewhere
@@ -66,7 +66,7 @@ def verify_store(root: Root, deep: bool = False, repair: bool = False, writers_g
     with at_work(meta, REPAIR) as note:
         _require_no_writers(meta, note, writers_gone)
         repaired = ["made zarr.json anew from the store's second copy"] if recovered else []
-        repaired += recover_snapshots(meta)
+        repaired += [*restore_segments(meta), *recover_snapshots(meta)]
         inspection = Inspection(meta, deep, fresh=True)
         inspection.run()
         left = [name for name in meta.storage.names(SCRATCH) if name != note]  # before the look at who is writing

@@ -8,8 +8,9 @@ import contextlib
 import os
 import shutil
 import uuid
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -40,10 +41,8 @@ class ShardAttempt:
         self._meta = open_store(root)
         self._shard = task_shard
         self._attempt = uuid.uuid4().hex
-        self._folder = self._meta.storage.scratch(staging_name(task_shard, self._attempt))
-        self._path = self._folder / "shard"
-        with disk_guard(self._path, 4096):
-            self._file = self._path.open("wb", buffering=_BUFFER)
+        self._path, self._file = self._open()
+        self._folder = self._path.parent
         self._rows = ShardFile(self._meta, self._file)
         self._records: dict[str, VideoRecord] = {}
         self._broken = False
@@ -131,6 +130,14 @@ class ShardAttempt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abandon()
+
+    def _open(self) -> tuple[Path, BinaryIO]:
+        """The staged file, empty."""
+        while True:
+            path = self._meta.storage.scratch(staging_name(self._shard, self._attempt)) / "shard"
+            # Swept at once, where another attempt was first: this one goes on, and loses when it commits.
+            with contextlib.suppress(FileNotFoundError), disk_guard(path, 4096):
+                return path, path.open("wb", buffering=_BUFFER)
 
     def _remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

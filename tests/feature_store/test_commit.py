@@ -18,6 +18,8 @@ from feature_store.commit import commit_key, committed_shards, read_commit
 from feature_store.files import SCRATCH
 from feature_store.index import StoreIndex
 from feature_store.layout import StoreMeta, create_store, open_store, shard_key
+from feature_store.leftovers import sweep
+from feature_store.local_storage import LocalStorage
 from feature_store.plan import PlannedVideo, Segment, plan_videos, read_plan
 from feature_store.reader import FeatureReader
 from feature_store.records import VideoRecord
@@ -126,6 +128,51 @@ def test_a_loser_whose_staging_was_swept(tmp_path: Path) -> None:
     assert not late.commit()
     assert not verify_store(tmp_path, deep=True).problems
     assert np.array_equal(FeatureReader(tmp_path).read(0), features("v", 300))
+
+
+def test_a_winner_whose_staging_was_swept_as_it_moved_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process finalises between the rename of the shard and the fsync of the folder that it left."""
+    meta = create_store(tmp_path, provenance(), 512)
+    (task,) = plan_videos(tmp_path, [PlannedVideo("v", "v.mp4")], 1)
+    rename = Path.replace
+
+    def then_sweep(path: Path, target: Path) -> Path:
+        moved = rename(path, target)
+        if path.name == "shard":
+            sweep(meta)
+        return moved
+
+    with ShardAttempt(tmp_path, 0) as attempt:
+        add_video(attempt, task.videos[0], features("v", 300))
+        monkeypatch.setattr(Path, "replace", then_sweep)
+        assert attempt.commit()
+    assert not staged(tmp_path)
+    assert not verify_store(tmp_path, deep=True).problems
+
+
+def test_an_attempt_that_is_swept_before_its_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another attempt commits the shard, and somebody sweeps, while this one makes its folder."""
+    meta = create_store(tmp_path, provenance(), 512)
+    scratch = LocalStorage.scratch
+
+    def then_sweep(storage: LocalStorage, name: str) -> Path:
+        monkeypatch.undo()
+        folder = scratch(storage, name)
+        write_shards(tmp_path, {"v": features("v", 300)})
+        sweep(meta)
+        assert not folder.exists()
+        return folder
+
+    monkeypatch.setattr(LocalStorage, "scratch", then_sweep)
+    with ShardAttempt(tmp_path, 0) as late:
+        late.add(VideoRecord(video_id="v"), features("v", 300, salt=1))
+        assert not late.commit()
+    assert not staged(tmp_path)
+    assert not verify_store(tmp_path, deep=True).problems
+
+
+def staged(root: Path) -> list[str]:
+    return os.listdir(root / SCRATCH)
 
 
 def test_a_published_shard_whose_record_is_lost_is_not_overwritten(tmp_path: Path) -> None:

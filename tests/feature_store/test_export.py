@@ -72,9 +72,18 @@ def test_files_are_plain_npy(store: Path, tmp_path: Path) -> None:
     assert (summary.written, summary.kept, summary.bytes) == (30, 0, sum(map(len, found.values())))
     assert seen == list(range(1, 31))
     for video_id, raw in found.items():
-        rows = np.load(tmp_path / "out" / f"{video_id}.npy")
+        path = tmp_path / "out" / f"{video_id}.npy"
+        rows = np.load(path)
         assert rows.dtype == np.float16
         assert rows.tobytes() == raw
+        np.save(tmp_path / "numpy.npy", rows)
+        assert path.read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+
+
+def test_an_export_to_a_full_disk(captioned: Path, small_disk: Path) -> None:
+    for export in (export_npy, export_parquet):
+        with pytest.raises(StoreError, match=r"the disk of .* is full: [\d,]+ bytes are needed .* the same command"):
+            export(captioned, small_disk / "out")
 
 
 def test_again_writes_only_what_is_not_there_whole(store: Path, tmp_path: Path) -> None:

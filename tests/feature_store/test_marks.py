@@ -11,7 +11,7 @@ from feature_store.captions import write_captions
 from feature_store.config import CaptionConfig
 from feature_store.index import StoreIndex
 from feature_store.info import failures, store_info
-from feature_store.layout import group_json, open_store
+from feature_store.layout import group_json, keep_copy, open_store
 from feature_store.marks import delete_videos, name_split
 from feature_store.migrate import migrate_store
 from feature_store.plan import PlannedVideo, anything_to_do, plan_videos
@@ -158,6 +158,22 @@ def test_a_store_of_schema_1(place: str, corpus: Corpus) -> None:
     storage.replace("zarr.json", group_json({**store, "schema_version": 3}))
     with pytest.raises(StoreError, match="the vlm-dist that made it"):
         migrate_store(place)
+
+
+def test_a_migration_that_was_killed_before_its_last_step(place: str, corpus: Corpus) -> None:
+    """zarr.json is of schema 2 already, its copy is not: typed again, the step is done again."""
+    make_store(place, corpus)
+    storage = open_storage(place)
+    whole = storage.read("zarr.json")
+    store = json.loads(whole)["attributes"]["vlm_dist"]
+    storage.replace("zarr.json", group_json({**store, "schema_version": 1}))
+    keep_copy(storage)
+    storage.replace("zarr.json", whole)
+    assert [problem.kind for problem in verify_store(place).problems] == ["metadata"]
+    assert migrate_store(place) == [1]
+    assert migrate_store(place) == []
+    assert not verify_store(place, deep=True).problems
+    assert storage.read("zarr.json") == whole
 
 
 def test_a_picture_of_the_store(marked: str, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from feature_store.index import StoreIndex
+from feature_store.index import StoreIndex, current_line
 from feature_store.info import store_info
 from feature_store.marks import delete_videos
 from feature_store.reader import FeatureReader
@@ -22,7 +23,7 @@ from feature_store.shard_source import FileShard, MappedShard, open_shard
 from feature_store.show import video_facts
 from feature_store.snapshot import finalise
 from tests.feature_store.store_tools import F, features, flip_bit, make_store, write_shards
-from vlm_dist.errors import StoreError
+from vlm_dist.errors import ConfigError, StoreError
 
 Corpus = dict[str, np.ndarray | None]
 
@@ -212,8 +213,11 @@ def test_stores_without_a_snapshot(tmp_path: Path, store: Path) -> None:
     (store / "CURRENT").write_bytes(line)
     with pytest.raises(StoreError, match="CURRENT is damaged"):
         StoreIndex(store)
-    with pytest.raises(StoreError, match="no index snapshot 000009"):
+    with pytest.raises(StoreError, match=r"no index snapshot 000009 \(the newest are: 000001\): it was pruned, or"):
         StoreIndex(store, "000009")
+    (store / "CURRENT").write_bytes(current_line("000009"))
+    with pytest.raises(StoreError, match=r"no index snapshot 000009; run `vlm-dist store verify --repair`"):
+        StoreIndex(store)
 
 
 def test_damaged_snapshots_do_not_open(store: Path) -> None:
@@ -249,6 +253,19 @@ def test_any_corpus_comes_back(
     assert reader.index.num_videos == len(expected)
     for video_id, rows in expected.items():
         assert np.array_equal(reader.read(reader.index.find(video_id)), rows)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"check": "foo"}, r"check is 'foo'; it must be one of 'off', 'sampled', 'always'"),
+        ({"max_open": 0}, "max_open is 0; it must be 1 or more"),
+        ({"cache_bytes": -1}, "cache_bytes is -1; it must be 0 or more"),
+    ],
+)
+def test_arguments_that_mean_nothing(store: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FeatureReader(store, **wrong)
 
 
 def test_a_number_that_is_no_video(store: Path) -> None:

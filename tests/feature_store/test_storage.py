@@ -175,6 +175,9 @@ def test_a_damaged_object_of_a_published_folder_is_named(bucket: str) -> None:
     storage.replace("index/000001/LOCATION", seal({"folder": "x", "files": {}})[:-5])
     with pytest.raises(StoreError, match="LOCATION is damaged"):
         storage.tree("index/000001")
+    storage.replace("index/000001/LOCATION", seal({"of": "another kind"}))
+    with pytest.raises(StoreError, match="LOCATION is damaged: it is not a snapshot's location"):
+        storage.tree("index/000001")
 
 
 def test_a_bucket_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
@@ -208,6 +211,24 @@ def test_a_store_that_may_only_be_read() -> None:
             os.seteuid(me)
             for path in (store, *store.rglob("*")):
                 path.chmod(0o755)
+
+
+def test_a_store_whose_index_may_only_be_read() -> None:
+    """A snapshot is built beside it and cannot be moved there: the store is named and what to do, not the scratch."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(Path(folder, "store"), {"a": np.ones((3, F), np.float16)})
+        for path in (Path(folder), store, *store.rglob("*")):
+            path.chmod(0o777)
+        (store / "index").chmod(0o555)
+        me = os.geteuid()
+        os.seteuid(me or 65534)  # root may write anywhere
+        try:
+            with pytest.raises(StoreError, match=r"the store .*/store cannot be written to \(Permission denied\): let"):
+                delete_videos(store, ["a"])
+        finally:
+            os.seteuid(me)
+            (store / "index").chmod(0o755)
+        assert FeatureReader(store).index.num_videos == 1
 
 
 def test_a_forked_process_is_told_instead_of_hanging(bucket: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -208,7 +209,7 @@ def test_a_shard_that_is_planned_while_the_store_is_looked_at(
 
         monkeypatch.setattr(inspection, name, extract_first)
 
-    later("array_fits", "late")
+    later("array_shards", "late")
     assert verify_store(store).problems == []
     later("iter_records", "later")
     assert verify_store(store).problems == []
@@ -294,6 +295,81 @@ def test_damaged_metadata_and_plan(narrated: Path, corpus: Corpus) -> None:
     assert any(line.startswith("rebuilt plan segment 0") for line in report.repaired)
     assert StoreIndex(narrated).num_videos == 30
     restore(narrated, corpus)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "what", "kind"),
+    [
+        ("_plan/store.json", "_plan/plan-000.json", "a plan segment", "plan"),
+        ("_commits/000002.json", "index/000002/snapshot.json", "the snapshot.json of a snapshot", "index"),
+        ("_plan/plan-000.json", "_commits/000003.json", "a commit record", "commit"),
+        ("index/000002/snapshot.json", "_plan/store.json", "", "metadata"),
+    ],
+)
+def test_a_sealed_file_of_another_kind(
+    narrated: Path, corpus: Corpus, source: str, target: str, what: str, kind: str
+) -> None:
+    """A seal does not say what it seals: each reader of one must."""
+    whole = (narrated / target).read_bytes()
+    shutil.copy(narrated / source, narrated / target)
+    (problem,) = (problem for problem in verify_store(narrated).problems if problem.kind == kind)
+    if what:
+        assert f"{narrated}/{target} is damaged: it is not {what}" in problem.message
+        assert "\n" not in problem.message
+    report = verify_store(narrated, deep=True, repair=True)
+    assert report.problems == []
+    assert StoreIndex(narrated).num_videos == 30
+    assert kind in ("plan", "commit") or (narrated / target).read_bytes() == whole
+    restore(narrated, corpus)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("_commits/000003.json", "commit"),
+        ("_plan/plan-000.json", "plan"),
+        ("features/c/2/0", "shard"),
+        ("CURRENT", "index"),
+        ("index/000002/snapshot.json", "index"),
+        ("index/000002/clip_ptr/c/0", "index"),
+        ("index/000002/snapshot-copy.json", "metadata"),
+        ("features/zarr.json", "metadata"),
+        ("zarr.json", ""),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file(narrated: Path, corpus: Corpus, name: str, kind: str) -> None:
+    path = narrated / name
+    path.unlink()
+    path.mkdir()
+    (path / "thesis.tex").write_text("not ours")
+
+    def look() -> None:
+        reader = FeatureReader(narrated, "always")
+        for video in range(30):
+            reader.read(video)
+        plan_videos(narrated, [], 1)
+
+    if kind != "metadata":  # which our readers do not need, and each plan writes
+        with pytest.raises(StoreError, match=re.escape(name)):
+            look()
+    if kind:
+        assert kind in {problem.kind for problem in verify_store(narrated).problems}
+    report = verify_store(narrated, deep=True, repair=True)
+    assert report.problems == []
+    aside = [path.read_bytes() for path in (narrated / "_voided").rglob("*") if path.is_file()]
+    assert aside.count(b"not ours") == 1
+    restore(narrated, corpus)
+
+
+def test_a_copy_of_the_metadata_that_is_none(narrated: Path) -> None:
+    whole = (narrated / "zarr.json").read_bytes()
+    shutil.copy(narrated / "_plan/plan-000.json", narrated / "_plan/store.json")
+    (narrated / "zarr.json").unlink()
+    for look in (lambda: verify_store(narrated, repair=True), lambda: create_store(narrated, provenance(), 1024)):
+        with pytest.raises(StoreError, match=r"zarr\.json of .* and so is its second copy _plan/store\.json: restore"):
+            look()
+    (narrated / "zarr.json").write_bytes(whole)
+    assert verify_store(narrated, repair=True).repaired == ["wrote _plan/store.json anew"]
 
 
 def test_two_hundred_flipped_bits(narrated: Path, corpus: Corpus, tmp_path: Path) -> None:

@@ -75,7 +75,10 @@ def test_captions_splits_deletions_and_a_picture(here: Path, typed: Callable[...
     assert typed("store", "split", "train", "--videos", "train.txt") == (
         "Split train: 3 videos, 1 of them not in the store yet.\n"
     )
-    assert typed("store", "delete", "v5", "nobody") == "1 video deleted, 1 are deleted now; 1 are not in the store.\n"
+    told = typed("store", "delete", "v5", "nobody")
+    assert told == "1 video deleted, 1 is deleted now; 1 is not in the store: nobody.\n"
+    told = typed("store", "delete", "a", "b", "c", "d", code=2)
+    assert "store has none of these videos: a, b, c, …; give ids" in told
     info = json.loads(typed("store", "info", "--json", "--plot", "store.png"))
     assert (info["splits"], info["videos"]["deleted"], info["videos"]["ok"]) == ({"train": 3}, 1, 5)
     assert (here / "store.png").stat().st_size > 5000
@@ -93,6 +96,8 @@ def test_captions_splits_deletions_and_a_picture(here: Path, typed: Callable[...
     assert "which videos?" in typed("store", "split", "x", code=2)
     assert "takes no videos" in typed("store", "split", "x", "v1", "--remove", code=2)
     assert typed("store", "verify", "--deep").endswith("The store is whole.\n")
+    (here / "store/features/c/0/0").unlink()
+    assert "\n1 video must be extracted again: v0" in typed("store", "verify", "--repair")
 
 
 def test_what_became_of_captions_is_told(here: Path, typed: Callable[..., str]) -> None:

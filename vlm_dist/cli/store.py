@@ -96,7 +96,7 @@ def verify(
       vlm-dist store verify my-store --deep --repair --json
     """
     from feature_store.verify import verify_store
-    from vlm_dist.cli.output import print_error, print_json, print_table, visible
+    from vlm_dist.cli.output import counted, print_error, print_json, print_table, visible
 
     root = store_address(store, workspace, overrides)
     report = verify_store(root, deep=deep, repair=repair, writers_gone=writers_gone)
@@ -108,7 +108,7 @@ def verify(
             print(f"repaired: {line}")
         if report.to_extract:
             some = visible(", ".join(report.to_extract[:_SHOWN])) + (", …" if len(report.to_extract) > _SHOWN else "")
-            print(f"{len(report.to_extract)} videos must be extracted again: {some} (--json lists all)")
+            print(f"{counted(len(report.to_extract), 'video')} must be extracted again: {some} (--json lists all)")
         if problems:
             print_table(("problem", "where", "what"), [(p.kind, p.where, p.message) for p in problems])
         print(f"{report.videos:,} videos in {report.shards:,} shards, {report.bytes_checked / 1e6:,.1f} MB checked")

@@ -36,15 +36,22 @@ def delete(
       vlm-dist store delete --videos withdrawn.txt --undo
     """
     from feature_store.marks import delete_videos
-    from vlm_dist.cli.output import counted, print_json
+    from vlm_dist.cli.output import counted, print_json, visible
+    from vlm_dist.errors import ConfigError
 
-    report = delete_videos(store_address(store, workspace, overrides), _ids(ids, videos), undo)
+    root, asked = store_address(store, workspace, overrides), _ids(ids, videos)
+    report = delete_videos(root, asked, undo)
+    more = ", …" if report.unknown > len(report.unknown_ids) else ""
+    named = visible(", ".join(report.unknown_ids)) + more
+    if report.unknown and report.unknown == len({video_id.encode("utf-8", "replace") for video_id in asked}):
+        raise ConfigError(f"{root} has none of these videos: {named}; give ids of videos that have features there")
     if as_json:
         print_json(report.model_dump())
         return
-    unknown = f"; {report.unknown} are not in the store" if report.unknown and not undo else ""
+    unknown = f"; {report.unknown} {_are(report.unknown)} not in the store: {named}" if report.unknown else ""
     what = "brought back" if undo else "deleted"
-    print(f"{counted(report.changed, 'video')} {what}, {report.marked} are deleted now{unknown}.")
+    now = f"{report.marked} {_are(report.marked)} deleted now"
+    print(f"{counted(report.changed, 'video')} {what}, {now}{unknown}.")
 
 
 def split(
@@ -141,6 +148,10 @@ def migrate(
         else f"has schema version {SCHEMA_VERSION} already"
     )
     print(f"{root} {told}.")
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _ids(ids: list[str] | None, file: Path | None) -> list[str]:
