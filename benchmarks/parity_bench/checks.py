@@ -22,7 +22,7 @@ from vlm_dist.losses.contrastive import text_to_video, video_to_text
 from vlm_dist.losses.nce import masked_token_loss
 from vlm_dist.metrics.retrieval import count_block, retrieval_metrics
 from vlm_dist.metrics.segmentation import segmentation_metrics
-from vlm_dist.model.attention_masks import attention_mask
+from vlm_dist.model.attention_masks import attention_mask, real_places
 from vlm_dist.tasks.batches import TaskBatch
 from vlm_dist.tasks.retrieval import RetrievalModel
 from vlm_dist.tasks.segmentation import SegmentationBatch, SegmentationModel
@@ -68,18 +68,19 @@ def s3d(folder: Path) -> Iterator[Difference]:
 
 
 def pretraining(folder: Path, name: str) -> Iterator[Difference]:
-    """Hidden states of all layers, projected video, loss, and every gradient."""
+    """Hidden states of all layers at real places, projected video, loss, and every gradient."""
     golden = Golden(folder / f"{name}.npz")
     model, batch = golden.model().train(), golden.batch()  # without dropout; training keeps the gradients
+    real = real_places(batch.video_mask, batch.text_mask)
     seen: list[Tensor] = []
-    model.bert.embeddings.register_forward_hook(lambda module, args, out: seen.append(out))
-    for layer in model.bert.encoder.layer:
-        layer.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    model.bert.embeddings.register_forward_hook(lambda module, args, out: seen.append(out[real]))
+    for layer in model.bert.encoder.layer:  # they see real places only, one behind the other
+        layer.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     hidden = model.encode(
         batch.video, batch.video_mask, batch.text, batch.text_mask, video_labels=batch.video_labels
     )  # fmt: skip
     for number, states in enumerate(seen):
-        yield Difference(f"{name}.npz", f"hidden states {number}", _between(states, golden[f"out/h{number}"]))
+        yield Difference(f"{name}.npz", f"hidden states {number}", _between(states, golden[f"out/h{number}"][real]))
     projected = model.project_video(batch.video.masked_fill(batch.video_labels[..., None], 0))
     yield Difference(f"{name}.npz", "projected video", _between(projected, golden["out/vtokens"]))
     kind = "joint" if name == "pretrain_mtm" else "mfm-mlm"
@@ -127,7 +128,8 @@ def segmentation(folder: Path) -> Iterator[Difference]:
     starts = Windows.over(np.array([0]), np.array([seconds]), width=width, step=width // 2).start
     for window, start in zip(logits, starts.tolist(), strict=True):
         merged.add(window, start)
-    yield Difference(name, "logits", _between(logits, golden["out/logits"]))
+    real = batch.video_mask
+    yield Difference(name, "logits of real seconds", _between(logits[real], golden["out/logits"][real]))
     yield Difference(name, "loss", _between(loss.sum / loss.terms, golden["out/loss"]))
     yield Difference(name, "merged windows", _between(merged.mean(), golden["out/merged"]))
 

@@ -12,6 +12,11 @@ from torch import Tensor
 Attention = Literal["full", "isolated"]
 
 
+def real_places(video_mask: Tensor, text_mask: Tensor) -> Tensor:
+    """(B, L) bool, the places of [CLS] video [SEP] text that are not padding; see `attention_mask`."""
+    return torch.cat([text_mask[:, :1], video_mask, text_mask[:, 1:]], dim=1)
+
+
 def attention_mask(kind: Attention, video_mask: Tensor, text_mask: Tensor) -> Tensor:
     """Build the mask of B sequences [CLS] video [SEP] text.
 
@@ -26,8 +31,7 @@ def attention_mask(kind: Attention, video_mask: Tensor, text_mask: Tensor) -> Te
         to sees itself, so that no softmax is empty; only places of an empty part are such rows, and nothing reads them.
     """
     b, v = video_mask.shape
-    cls = text_mask[:, :1]
-    keys = torch.cat([cls, video_mask, text_mask[:, 1:]], dim=1)
+    keys = real_places(video_mask, text_mask)
     length = keys.shape[1]
     if kind == "full":
         allowed = keys[:, None, :].expand(b, length, length)

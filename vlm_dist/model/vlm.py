@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 
-from vlm_dist.model.attention_masks import Attention, attention_mask
+from vlm_dist.model.attention_masks import Attention, attention_mask, real_places
 from vlm_dist.model.config import ModelConfig
+from vlm_dist.model.packing import PACKED, Packing
 
 
 def bert_config(config: ModelConfig) -> BertConfig:
@@ -24,7 +25,7 @@ def bert_config(config: ModelConfig) -> BertConfig:
         type_vocab_size=2,
         layer_norm_eps=config.layer_norm_eps,
         initializer_range=0.02,
-        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
+        attn_implementation=PACKED,  # pyright: ignore[reportCallIssue]
     )
 
 
@@ -119,7 +120,7 @@ class VLM(nn.Module):
         *,
         video_labels: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of the last layer, (B, 1 + V + T - 1, D): [CLS], V video places, [SEP], text.
+        """Hidden states of the last layer, (B, 1 + V + T - 1, D): [CLS], V video places, [SEP], text; zero at padding.
 
         Args:
             video: (B, V, F) features, V <= max_video_len.
@@ -133,7 +134,9 @@ class VLM(nn.Module):
             video = video.masked_fill(video_labels[..., None], 0)
         hidden = self.embed(video, text)
         mask = attention_mask(attention, video_mask, text_mask)
-        return self.bert.encoder(hidden, attention_mask=mask).last_hidden_state
+        packing = Packing.of(real_places(video_mask, text_mask), mask)
+        packed: Tensor = self.bert.encoder(packing.pack(hidden)[None], attention_mask=packing).last_hidden_state[0]
+        return packing.unpack(packed)
 
     @staticmethod
     def split(hidden: Tensor, video_places: int) -> tuple[Tensor, Tensor]:
