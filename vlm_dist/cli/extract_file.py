@@ -28,10 +28,10 @@ def lone_video(context: Context, paths: list[Path]) -> "PlannedVideo | None":
 
 def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None) -> dict[str, Any]:
     """One video -> NAME.npy in the current folder."""
-    import numpy as np
 
     from feature_store.encode import calibration_clips, clip_encoder, features_from_file
     from feature_store.export import published
+    from feature_store.npy import write_rows
     from feature_store.weights import NO_RANDOM_LAYER, load_s3d, random_s3d
 
     if len(paths) != 1 or paths[0].is_dir():
@@ -53,7 +53,7 @@ def extract_to_npy(context: Context, paths: list[Path], random_seed: int | None)
             paths[0], clip_encoder(model, cfg), cfg, lambda chunk: bar.update(chunk.decoded_s, total=chunk.claimed_s)
         )
     with published(target, extracted.features.nbytes) as temporary, temporary.open("wb") as file:
-        np.save(file, extracted.features)
+        write_rows(file, extracted.features)
     return _result(extracted.features, extracted.seconds, extracted.decoded_s, extracted.claimed_s, file=str(target))
 
 
