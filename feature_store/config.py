@@ -37,7 +37,10 @@ class DecodeConfig(_Frozen):
         default=True,
         description="Turn the picture as its display matrix says; false keeps the stored one, as the reference does.",
     )
-    timeout_s: float = Field(default=600.0, gt=0, description="Longest time to decode one video before it is given up.")
+    timeout_s: float = Field(
+        default=600.0, gt=0,
+        description="Seconds of decoding, beyond four for each second of video, after which a video is given up.",
+    )  # fmt: skip
 
 
 class ExtractConfig(_Frozen):

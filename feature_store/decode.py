@@ -27,6 +27,7 @@ from vlm_dist.errors import ExtractionError
 
 _HELD_S = 10  # a picture may be held so long behind a stated end, and in AVI, whose frame rate is one for all
 _FEW_PER_S = 4  # pictures a second; with more of them, it is the stated end that is wrong
+_SLOWEST = 4  # seconds of work for a second of video that are not called slow: a long video may take its time
 _LISTS = ("concat", "hls", "dash", "imf")  # formats of files that name other files
 _LARGEST_ASPECT = 32  # a wider picture is hostile: scaled to the short side it would need gigabytes
 _TS_PACKETS = (188, 192, 204)  # bytes of an MPEG-TS packet: plain, with a time code, with error correction
@@ -91,7 +92,7 @@ class SecondsReader:
             yield second
 
     def _in_time(self, pictures: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """The pictures, while decoding them takes no longer than `timeout_s`; the caller's own time does not count."""
+        """The pictures, until decoding lags by more than `timeout_s`; the caller's own time does not count."""
         spent = 0.0
         while True:
             before = time.monotonic()
@@ -104,8 +105,9 @@ class SecondsReader:
             spent += time.monotonic() - before
             if picture is None:
                 return
-            if spent > self.cfg.timeout_s:
-                raise self._error("timeout", f"gave up after {self.cfg.timeout_s:g} s of decoding")
+            if spent > self.cfg.timeout_s + _SLOWEST * self.decoded_s:
+                how = f"{spent:.4g} s of decoding for {self.decoded_s:.1f} s of video"
+                raise self._error("timeout", f"gave up after {how} (extract.decode.timeout_s)")
             yield picture
 
     def _error(self, reason: str, message: str) -> DecodeError:
@@ -116,7 +118,10 @@ class SecondsReader:
         start = self._start_of_file()
         try:
             # Files only: a playlist named .mp4 must not make us fetch addresses.
-            container = av.open(str(self.path), options={"protocol_whitelist": "file"}, metadata_errors="replace")
+            # Absolute, because FFmpeg takes what stands before a colon for a protocol.
+            container = av.open(
+                str(self.path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace"
+            )
         except (av.error.FFmpegError, OSError) as error:
             if start[4:8] == b"ftyp":
                 message = "an MP4 file whose index is missing (a download that broke off?)"

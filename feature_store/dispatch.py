@@ -111,8 +111,13 @@ class Dispatch:
             self._remove(worker)
 
     @property
+    def ready_workers(self) -> int:
+        """Workers that are through with their start."""
+        return sum(worker.starting is None for worker in self._pool)
+
+    @property
     def so_far(self) -> Sign:
-        """Of the shards that are done and of those in work (a shard that two are at counts once)."""
+        """Of the shards that are done and of those in work; a shard that two are at counts once, their times twice."""
         furthest: dict[int, Sign] = {}
         for worker in self._pool:
             if worker.task and worker.task.shard not in self._done:
@@ -122,6 +127,9 @@ class Dispatch:
         total = self._finished
         for sign in furthest.values():
             total = total.plus(sign)
+        for worker in self._pool:
+            if worker.task and furthest.get(worker.task.shard) is not worker.last:
+                total = total.plus(worker.last.times())
         return total
 
     def _fit(self) -> None:
@@ -224,7 +232,10 @@ class Dispatch:
         raise ExtractionError(f"{where} died {self._lost[shard]} times without coming any further: {error}")
 
     def _remove(self, worker: _Worker) -> None:
+        """End a worker. What it did counts no more, the time that it took does."""
         self._pool.remove(worker)
+        if worker.task:
+            self._finished = self._finished.plus(worker.last.times())
         with suppress(Exception):
             ray.kill(worker.actor)
 

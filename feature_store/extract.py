@@ -18,7 +18,7 @@ from feature_store.at_work import at_work
 from feature_store.config import ExtractConfig
 from feature_store.dispatch import Dispatch
 from feature_store.encoder import prepare_encoder
-from feature_store.extract_worker import ShardWorker
+from feature_store.extract_worker import RemoteShardWorker, ShardWorker
 from feature_store.layout import open_store
 from feature_store.plan import PlannedVideo, ShardTask, plan_videos
 from feature_store.snapshot import finalise
@@ -42,6 +42,8 @@ class ExtractProgress:
     """Share of their time in which the encoders waited for decoding."""
     encoded_s: int
     """Seconds of video that went through the network, also of videos that are not finished."""
+    workers: int
+    """Workers that are there and through with their start."""
 
     @property
     def done(self) -> int:
@@ -162,7 +164,7 @@ class _OnRay:
     on_progress: Callable[[], None]
 
     def __init__(self, store: Root, cfg: ExtractConfig, share: WorkerShare, state: dict[str, Any]) -> None:
-        actor: Any = ray.remote(num_cpus=share.cpus, num_gpus=cfg.gpus_per_worker)(ShardWorker)
+        actor: Any = ray.remote(num_cpus=share.cpus, num_gpus=cfg.gpus_per_worker)(RemoteShardWorker)
         weights = ray.put(state)
         start = partial(
             actor.remote, store, cfg, weights, share.threads, decoders=share.decoders, chunk_seconds=share.chunk_seconds
@@ -186,7 +188,7 @@ class _OnRay:
 
     def progress(self, elapsed_s: float) -> ExtractProgress:
         it = self._dispatch
-        return _progress(it.so_far, it.videos, it.shards, it.shards_done, elapsed_s, it.deaths)
+        return _progress(it.so_far, it.videos, it.shards, it.shards_done, elapsed_s, it.deaths, it.ready_workers)
 
 
 class _Here:
@@ -218,10 +220,12 @@ class _Here:
         self._worker.close()
 
     def progress(self, elapsed_s: float) -> ExtractProgress:
-        return _progress(self._done, self._videos, self._shards, self._shards_done, elapsed_s, 0)
+        return _progress(self._done, self._videos, self._shards, self._shards_done, elapsed_s, 0, 1)
 
 
-def _progress(sign: Sign, videos: int, shards: int, shards_done: int, elapsed_s: float, deaths: int) -> ExtractProgress:
+def _progress(
+    sign: Sign, videos: int, shards: int, shards_done: int, elapsed_s: float, deaths: int, workers: int
+) -> ExtractProgress:
     waiting = sign.waiting_s / max(sign.waiting_s + sign.working_s, 1e-9)
     once = videos - sign.tally.reasons.get("overflow", 0)  # they are in two shards
-    return ExtractProgress(once, sign.tally, shards, shards_done, elapsed_s, deaths, waiting, sign.encoded_s)
+    return ExtractProgress(once, sign.tally, shards, shards_done, elapsed_s, deaths, waiting, sign.encoded_s, workers)

@@ -71,6 +71,8 @@ class ShardWorker:
         chunk_seconds: int = 0,
     ) -> None:
         torch.set_num_threads(threads)
+        if cfg.deterministic:
+            torch.backends.cudnn.deterministic = True
         # Chunks of another process are views of Ray's shared memory, and nothing here writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         self.meta = open_store(root)
@@ -204,6 +206,22 @@ class ShardWorker:
             return _failed(known, error.reason, str(error))
         known |= {"decoded_s": got.decoded_s, "claimed_s": got.claimed_s, "seconds": got.seconds}
         return VideoRecord.model_validate(known), got.features
+
+
+class RemoteShardWorker:
+    """A ShardWorker as an actor: it is made by `ready`, because what fails in a constructor reaches nobody as it is."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        self._made = lambda: ShardWorker(*args, **settings)
+
+    def ready(self) -> str:
+        """See `ShardWorker`, which also raises what is wrong with the settings."""
+        self._worker = self._made()
+        return self._worker.ready()
+
+    def extract(self, task: ShardTask) -> Iterator[Sign]:
+        """See `ShardWorker.extract`."""
+        yield from self._worker.extract(task)
 
 
 class _InOrder:

@@ -1,6 +1,6 @@
 """S3D on a GPU as CUDA graphs: a batch is one launch, however busy the process's threads are (frames → features)."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 import torch
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from feature_store.config import DecodeConfig
 from feature_store.s3d_fused import FusedS3D
 from vlm_dist.errors import ConfigError
 
-_TOLERANCE = 0.02  # of a token's length; bfloat16 rounds by half a percent of it
+_TOLERANCE = 0.5  # rounding is up to 0.2 where weights tell clips badly apart; a mixed-up clip is 1 or more
 _FEWEST = 8  # clips; a batch is filled up to a power of two of them
 
 
@@ -57,15 +57,21 @@ class GraphedEncoder:
         return tokens[: len(clips)].clone()
 
     def _check(self) -> None:
-        """Compare with the network as PyTorch runs it, on noise: what a compiler breaks must not become features."""
+        """Compare with the network as PyTorch runs it: what a compiler breaks must not become features.
+
+        The first clip of a batch is noise, the last is black: their distance is what an error is measured by.
+        """
         for size in self._graphs:
-            noise = torch.randint(256, self._clips[:size].shape, dtype=torch.uint8, device=self.device)
-            expected, got = self._network.eager(noise[:1]), self(noise)[:1]
-            error = float((got - expected).norm() / expected.norm())
+            clips = torch.randint(256, self._clips[:size].shape, dtype=torch.uint8, device=self.device)
+            clips[-1] = 0
+            ends = [0, size - 1]
+            expected, got = torch.cat([self._network.eager(clips[k : k + 1]) for k in ends]), self(clips)[ends]
+            between = (expected[0] - expected[1]).norm() if size > 1 else expected[0].norm()
+            error = float((got - expected).norm(dim=1).max() / between)
             if expected.isfinite().all() and not error < _TOLERANCE:
                 raise ConfigError(
-                    f"what torch.compile made of S3D errs by {100 * error:.3g} % on this machine; extract without it "
-                    "(--set extract.compile=false)"
+                    f"what torch.compile made of S3D errs by {100 * error:.3g} % of the distance of two clips on this "
+                    "machine; extract without it (--set extract.compile=false)"
                 )
 
 

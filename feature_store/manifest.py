@@ -63,7 +63,12 @@ def list_inputs(paths: Sequence[Path | str]) -> list[PlannedVideo]:
 
 def _in_folder(folder: Path) -> list[PlannedVideo]:
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder):
+    seen: set[str] = set()  # links to folders are followed, and may lead in circles
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in names if _is_video(name)]
     if not found:

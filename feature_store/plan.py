@@ -92,7 +92,7 @@ def plan_videos(
         videos: may repeat what is planned or committed already. Of several files with one id the first counts, in
             this call or an earlier one; each further one is recorded with the plan (reason `duplicate` in `failures`).
         workers: shards hold at most 168 videos, and fewer where each worker would else have less than 4 shards.
-        retry_failed: plan the videos that failed again as well, each from the path given now or else the planned one.
+        retry_failed: plan videos that failed again as well: of those given, or all where none is given.
 
     Returns:
         Every task, of this and older segments, whose shard is not committed. A video's path is the one given now, or
@@ -214,7 +214,8 @@ def _unplanned(
     # A file that was not there (a disk that was not mounted) has its turn once it is.
     missing = {i: given[i] for i, reason in failed.items() if reason == "missing" and i in given}
     there = existing(missing.values()) if missing and not retry_failed else ()
-    settled -= failed.keys() if retry_failed else {i for i, path in missing.items() if path in there}
+    retried = failed.keys() & given.keys() if given else failed.keys()
+    settled -= retried if retry_failed else {i for i, path in missing.items() if path in there}
     again = [
         PlannedVideo(video_id, given.get(video_id, path))
         for video_id, (shard, path) in waiting.items()

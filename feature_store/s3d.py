@@ -39,7 +39,8 @@ def full_float32() -> Generator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        deterministic = torch.backends.cudnn.deterministic
+        with torch.backends.cudnn.flags(enabled=True, deterministic=deterministic, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

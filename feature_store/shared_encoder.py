@@ -1,6 +1,6 @@
 """Clips of several videos → one batch → tokens: the encoder of a worker, shared by its videos (frames → features)."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 import queue
 import threading
 import time
@@ -23,7 +23,7 @@ class _Batch(NamedTuple):
     """In host memory; from a GPU, they are there once it has come to its end."""
     begun_s: float
     """By the monotonic clock."""
-    marks: "tuple[torch.cuda.Event, torch.cuda.Event] | None"
+    marks: "tuple[torch.cuda.Event, ...] | None"
     """The GPU's own marks of its beginning and its end."""
 
 
@@ -81,7 +81,8 @@ class SharedEncoder:
             return clips
         with torch.cuda.stream(self._copies):
             clips = clips.pin_memory().to(self._encoder.device, non_blocking=True)
-            done = self._copies.record_event()
+            done = torch.cuda.Event(blocking=True)  # decoders want the cores that waiting threads would spin on
+            done.record(self._copies)
         done.synchronize()
         return clips
 
@@ -134,7 +135,7 @@ class SharedEncoder:
             clips = parts[0] if len(parts) == 1 else torch.cat(parts)
             if self._copies is None:
                 return _Batch(asked, self._encoder(clips), begun_s, None)
-            marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            marks = tuple(torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
             marks[0].record()
             made = self._encoder(clips)
             tokens = torch.empty(made.shape, pin_memory=True)
@@ -153,13 +154,13 @@ class SharedEncoder:
             else:
                 batch.marks[1].synchronize()
                 took_s = batch.marks[0].elapsed_time(batch.marks[1]) / 1e3
+            parts = batch.tokens.split([len(clips) for clips, _ in batch.asked])
         except BaseException as error:
             _fail(batch.asked, error)
             return
         self.working_s += took_s
         self.encoded += len(batch.tokens)
-        counts = [len(clips) for clips, _ in batch.asked]
-        for (_, answer), part in zip(batch.asked, batch.tokens.split(counts), strict=True):
+        for (_, answer), part in zip(batch.asked, parts, strict=True):
             answer.set_result(part)
 
 

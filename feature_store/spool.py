@@ -34,7 +34,9 @@ class Spool:
 
     def __init__(self, meta: StoreMeta, cfg: ExtractConfig) -> None:
         base = cache_folder() / "spool"
-        way = f"{meta.provenance.digest}\n{cfg.deterministic} {cfg.batch}"  # what may change a last bit, too
+        # What may change a last bit, too, or whether a video is taken at all.
+        bits = (cfg.deterministic, cfg.batch, cfg.gpus_per_worker > 0, cfg.compile, cfg.decode.min_coverage)
+        way = f"{meta.provenance.digest}\n{bits}"
         self._folder = base / digest(f"{meta.storage.address}\n{way}")
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,10 @@ class Sign(NamedTuple):
     working_s: float = 0.0
     """Seconds in which it encoded."""
 
+    def times(self) -> "Sign":
+        """Its times alone."""
+        return Sign(Tally(), 0, self.waiting_s, self.working_s)
+
     def plus(self, other: "Sign") -> "Sign":
         """The sum of two."""
         return Sign(

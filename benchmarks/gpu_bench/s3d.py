@@ -39,7 +39,8 @@ class Form:
 def measure(videos: list[Path], batches: tuple[int, ...], compiled: bool) -> Iterator[Form]:
     """Each form on the same clips of real or rendered videos, with random weights that tell them apart."""
     cfg = DecodeConfig()
-    clips = np.stack([clip for path in videos for clip in islice(SecondsReader(path, cfg), _PER_VIDEO)])
+    decoded = (list(islice(SecondsReader(path, cfg), _PER_VIDEO)) for path in videos)
+    clips = np.stack([clip for video in decoded if len(video) == _PER_VIDEO for clip in video])
     model = random_s3d(0, calibration_clips(videos, cfg))
     few = torch.from_numpy(clips[:CHECKED])
     exact = torch.cat([FusedS3D(model)(part) for part in few.split(8)])
@@ -50,7 +51,7 @@ def measure(videos: list[Path], batches: tuple[int, ...], compiled: bool) -> Ite
             batch = torch.from_numpy(np.resize(clips, (size, *clips.shape[1:]))).cuda()
             rates[size] = size / seconds(lambda batch=batch, network=network: network(batch))
         error = torch.cat([network(part.cuda()) for part in few.split(8)]).float().cpu() - exact
-        steps = exact.diff(dim=0).norm(dim=1).mean()
+        steps = torch.cat([part.diff(dim=0) for part in exact.split(_PER_VIDEO)]).norm(dim=1).mean()
         share = float((error - error.mean(0)).norm(dim=1).mean() / steps)
         yield Form(name, rates, share, float(error.abs().max()))
 

@@ -153,7 +153,9 @@ def _progress_note(state: "ExtractProgress") -> str:
         f"{state.videos_per_s:.2g} videos/s",
         f"{state.video_seconds_per_s:.1f} s of video/s",
     ]
-    if state.elapsed_s > SETTLED_S:
+    if not state.workers and state.shards_done < state.shards:
+        parts.append("no worker has started yet: Ray has no room for one, or it compiles its network")
+    elif state.elapsed_s > SETTLED_S:
         parts.append(f"networks wait for decoding {100 * state.waiting:.0f} %")
     if state.tally.failed:
         reasons = Counter({reason: n for reason, n in state.tally.reasons.items() if reason != "overflow"})
