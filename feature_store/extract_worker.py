@@ -6,6 +6,7 @@ others). A broken video becomes a record with its reason and the shard goes on.
 
 # pyright: reportUnknownMemberType=false
 import math
+import os
 import threading
 import time
 import warnings
@@ -144,9 +145,11 @@ class ShardWorker:
     def _videos(self, task: ShardTask, rows: "_InOrder") -> Iterator[Sign]:
         """Every video of the shard, some at a time; the first error that is not a video's own ends it."""
         at_once = self._pool.size if self._pool else 1
+        # One that then finds no room was encoded in vain: that pays only where the network waits for decoders.
+        order = largest_first(task) if self.cfg.gpus_per_worker > 0 else range(len(task.videos))
         signed = time.monotonic()
         with ThreadPoolExecutor(at_once, thread_name_prefix="video") as threads:
-            working = {threads.submit(self._video, k, video, rows) for k, video in enumerate(task.videos)}
+            working = {threads.submit(self._video, k, task.videos[k], rows) for k in order}
             try:
                 while working:
                     done, working = wait(working, timeout=_SIGN_S, return_when=FIRST_COMPLETED)
@@ -271,6 +274,19 @@ class _InOrder:
         self.tally = self.tally.plus_record(added)
         if added.status == "ok":
             self.spooled.append(key)
+
+
+def largest_first(task: ShardTask) -> list[int]:
+    """Places of the shard's videos, large files first: at its end, decoders then wait for none that is long."""
+    sizes = [_size(video.path) for video in task.videos]
+    return sorted(range(len(sizes)), key=lambda k: -sizes[k])
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):  # in a bucket, or not there
+        return 0
 
 
 def _failed(known: Mapping[str, Any], reason: str, message: str) -> _Outcome:

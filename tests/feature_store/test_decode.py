@@ -1,11 +1,13 @@
 """feature_store.decode: which frames come out, how they are cut, and the reason for every broken file."""
 
+import itertools
 import math
 import struct
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -189,6 +191,30 @@ def test_timeout_counts_the_decoder_and_not_what_is_done_with_its_frames(tmp_pat
     with pytest.raises(DecodeError, match="gave up") as caught:
         list(SecondsReader(path, SMALL.model_copy(update={"timeout_s": 1e-6})))
     assert caught.value.reason == "timeout"
+
+
+@pytest.mark.parametrize(("frame_s", "late"), [(0.2, False), (0.3, True)])
+def test_a_long_video_may_take_four_seconds_for_each_of_its_own(
+    tmp_path: Path, make_video: MakeVideo, monkeypatch: pytest.MonkeyPatch, frame_s: float, late: bool
+) -> None:
+    """At 16 frames a second: 3.2 and 4.8 s of work for a second of video."""
+    path, clock = make_video(tmp_path / "a.mp4", 8.0), itertools.count()
+    monkeypatch.setattr("feature_store.decode.time", SimpleNamespace(monotonic=lambda: frame_s * next(clock)))
+    seconds = iter(SecondsReader(path, SMALL.model_copy(update={"timeout_s": 1.0})))
+    if late:
+        with pytest.raises(DecodeError, match=r"s of decoding for \d\.\d s of video \(extract\.decode\.timeout_s\)"):
+            list(seconds)
+    else:
+        assert len(list(seconds)) == 8
+
+
+def test_a_name_with_a_colon_is_no_address(
+    tmp_path: Path, make_video: MakeVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_video(tmp_path / "12:30.mp4", 1.0)
+    monkeypatch.chdir(tmp_path)
+    for name in ("12:30.mp4", "./12:30.mp4"):
+        assert len(list(SecondsReader(name, SMALL))) == 1
 
 
 def test_one_frame_is_one_second(tmp_path: Path, make_video: MakeVideo) -> None:

@@ -137,6 +137,11 @@ def test_a_lost_worker_is_replaced(two: Case, what: str) -> None:
     assert two.dispatch.so_far.tally == Tally(8, 40, {"corrupt": 4}), "what the dead had done counts once"
 
 
+def test_the_time_of_an_attempt_that_died_counts_and_its_videos_do_not(two: Case) -> None:
+    two.run(4, {0: "say one and die"})
+    assert two.dispatch.so_far == Sign(Tally(8, 40, {"corrupt": 4}), 40, 4 * 1.0 + 1.0, 4 * 2.0 + 2.0)
+
+
 OUT_OF_MEMORY = """
 import sys, time
 from pathlib import Path

@@ -70,6 +70,12 @@ def test_features_are_those_of_the_one_function(corpus: Path, extracted: tuple[P
     assert not verify_store(store, deep=True, repair=False).problems
 
 
+def test_what_is_wrong_with_the_settings_of_a_worker_is_told_as_it_is(corpus: Path, tmp_path: Path) -> None:
+    half = CFG.model_copy(update={"precision": "float16"})
+    with pytest.raises(ConfigError, match=r"^extract\.precision=float16 is for GPUs"):
+        extract_corpus(tmp_path / "store", list_inputs([corpus]), half, random_seed=0)
+
+
 def test_provenance_says_what_the_encoder_was(extracted: tuple[Path, ExtractSummary]) -> None:
     provenance = open_store(extracted[0]).provenance
     assert provenance.weights == "random seed 0"

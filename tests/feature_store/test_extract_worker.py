@@ -13,7 +13,7 @@ from feature_store.commit import read_commit
 from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.encoder import kept_weights, prepare_encoder
 from feature_store.extract import ExtractProgress, extract_corpus
-from feature_store.extract_worker import ShardWorker, _InOrder
+from feature_store.extract_worker import ShardWorker, _InOrder, largest_first
 from feature_store.info import failures
 from feature_store.layout import create_store, open_store
 from feature_store.manifest import list_inputs
@@ -199,6 +199,14 @@ def test_videos_in_a_bucket(
     place.replace("gone.mp4", one.read_bytes())
     again = extract_corpus(tmp_path / "store", listed, TINY, random_seed=0, here=True)
     assert again.tally == Tally(1, 150), "what was missing has its turn once it is there"
+
+
+def test_large_files_first_and_what_has_no_size_last(tmp_path: Path) -> None:
+    for name, size in {"a": 3, "b": 9, "c": 3}.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    paths = [tmp_path / "a", tmp_path / "gone", tmp_path / "b", "s3://bucket/x", tmp_path / "c"]
+    task = ShardTask(0, tuple(PlannedVideo(str(k), str(path)) for k, path in enumerate(paths)))
+    assert largest_first(task) == [2, 0, 4, 1, 3]
 
 
 def test_a_video_that_overflowed_its_shard_counts_once(tmp_path: Path, videos: list[PlannedVideo]) -> None:

@@ -25,9 +25,11 @@ def touch(*paths: Path) -> None:
 def test_folder_is_searched_in_order(tmp_path: Path) -> None:
     names = ["b.mp4", "a.MKV", "sub/c.webm", "sub/deep/d.avi"]
     touch(*(tmp_path / name for name in [*names, "notes.txt", ".hidden.mp4", ".cache/x.mp4", "captions.json"]))
+    touch(tmp_path.with_name("elsewhere") / "e.mp4")
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    (tmp_path / "z").symlink_to(tmp_path.with_name("elsewhere"))
     videos = list_inputs([tmp_path])
-    assert [video.video_id for video in videos] == ["a", "b", "c", "d"]
+    assert [video.video_id for video in videos] == ["a", "b", "c", "d", "e"]
     assert all(Path(video.path).is_file() and Path(video.path).is_absolute() for video in videos)
 
 

@@ -128,6 +128,8 @@ def test_failures_are_tried_again_when_asked(place: str, corpus: Corpus) -> None
     assert plan_videos(place, [], 1, retry_failed=True) == [task], "planned once, until it is done"
     write_shards(place, {**corpus, "broken": None})
     assert [record.video_id for record in failures(place)] == ["broken"]
+    others = [video for video in given if video.video_id != "broken"]
+    assert plan_videos(place, others, 1, retry_failed=True) == [], "of those that are given"
     moved = [PlannedVideo("broken", "new/broken.mp4")]
     (task,) = plan_videos(place, moved, 1, retry_failed=True)
     assert task.videos[0].path == "new/broken.mp4"
