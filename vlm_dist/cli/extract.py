@@ -42,7 +42,7 @@ def extract(
     ] = None,
     npy: Annotated[bool, typer.Option("--npy", help="One video, no store: write NAME.npy here.")] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try the store's failed videos again (with PATH or without).")
+        bool, typer.Option("--retry-failed", help="Try failed videos again: those of PATH, or all.")
     ] = False,
     allow_pickle: AllowPickle = False,
     strict: Annotated[bool, typer.Option("--strict", help=f"Exit {STRICT_EXIT} when a video failed.")] = False,
