@@ -25,6 +25,8 @@ def main() -> None:
     print("| file | what | largest difference | allowed | fits |\n|---|---|---|---|---|")
     for difference in differences:
         print(_row(difference))
+    if not any(difference.largest is not None for difference in differences):
+        raise SystemExit("nothing was compared")
     if wrong := [difference for difference in differences if not difference.fits]:
         raise SystemExit(f"{len(wrong)} of {len(differences)} differ by more than is allowed")
 

@@ -3,8 +3,9 @@
     python benchmarks/pretrain_step.py [--clips 64] [--rounds 3] [--small] [--json FILE]
 
 The reference's way: every clip padded to 96 places, eager attention, all scores of the loss at once. Clips come from a
-synthetic corpus with lengths like HowTo100M's, drawn, masked and laid out as in training; without dropout, so that the
-losses can be compared before anything is said of speed. Each measurement is a process; rounds alternate. 20 minutes.
+synthetic corpus with lengths like HowTo100M's, drawn, masked and laid out as in training; without dropout, so that
+losses can be compared: where those in float32 differ, the run fails. Each measurement is a process; rounds alternate.
+Twenty minutes.
 """
 
 import argparse

@@ -188,15 +188,15 @@ class Dispatch:
             else:
                 sign: Any = ray.get(next(worker.signs))
                 worker.last = sign
-        except StopIteration:
-            self._finish(worker)
-        except RayTaskError as error:
+        except RayTaskError as error:  # before StopIteration, which an error of a worker's may be as well
             cause = error.cause
             if isinstance(cause, VlmDistError) and not isinstance(cause, _NODES_OWN):
                 raise cause from None
             self._bury(worker, cause)  # the node's own trouble, perhaps: a broken GPU, a full disk
         except RayError as error:  # it died, or Ray killed it because its node was out of memory
             self._bury(worker, error)
+        except StopIteration:
+            self._finish(worker)
 
     def _finish(self, worker: _Worker) -> None:
         task, worker.task, worker.signs = worker.task, None, None

@@ -81,7 +81,7 @@ class ShardWorker:
         model = S3D()
         model.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
         many = decoders > 0 and cfg.gpus_per_worker > 0  # clips: preparing for them takes half a minute
-        network = clip_encoder(model, cfg, compiled=many and cfg.compile)
+        network = clip_encoder(model, cfg, compiled=many and cfg.compile and not cfg.deterministic)
         self.encoder: ClipEncoder = GraphedEncoder(network, cfg.decode, cfg.batch) if many else network
         # On a CPU joint batches gain nothing, and without them a video's features do not depend on its neighbours.
         join = cfg.gpus_per_worker > 0 and not cfg.deterministic
@@ -101,7 +101,9 @@ class ShardWorker:
             ExtractionError: it gives no finite numbers.
         """
         size, fps = self.cfg.decode.size, self.cfg.decode.fps
-        out = self.encoder(torch.zeros(2, fps, size, size, 3, dtype=torch.uint8, device=self.encoder.device))
+        out = self.encoder(
+            torch.zeros(min(2, self.cfg.batch), fps, size, size, 3, dtype=torch.uint8, device=self.encoder.device)
+        )
         if not out.isfinite().all():
             raise ExtractionError(
                 "the encoder gives no finite numbers even for a black picture: its weights are damaged"

@@ -1,6 +1,8 @@
 """S3D on a GPU as CUDA graphs: a batch is one launch, however busy the process's threads are (frames → features)."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from feature_store.config import DecodeConfig
 from feature_store.s3d_fused import FusedS3D
 from vlm_dist.errors import ConfigError
 
-_TOLERANCE = 0.5  # rounding is up to 0.2 where weights tell clips badly apart; a mixed-up clip is 1 or more
+_TOLERANCE = 0.5  # rounding is up to 0.2 where weights tell clips badly apart
 _FEWEST = 8  # clips; a batch is filled up to a power of two of them
 
 
@@ -57,22 +59,36 @@ class GraphedEncoder:
         return tokens[: len(clips)].clone()
 
     def _check(self) -> None:
-        """Compare with the network as PyTorch runs it: what a compiler breaks must not become features.
-
-        The first clip of a batch is noise, the last is black: their distance is what an error is measured by.
-        """
+        """Compare with the network as PyTorch runs it: what a compiler breaks must not become features."""
         for size in self._graphs:
-            clips = torch.randint(256, self._clips[:size].shape, dtype=torch.uint8, device=self.device)
-            clips[-1] = 0
-            ends = [0, size - 1]
-            expected, got = torch.cat([self._network.eager(clips[k : k + 1]) for k in ends]), self(clips)[ends]
-            between = (expected[0] - expected[1]).norm() if size > 1 else expected[0].norm()
-            error = float((got - expected).norm(dim=1).max() / between)
-            if expected.isfinite().all() and not error < _TOLERANCE:
+            clips = noise_and_black(self._clips[:size].shape).to(self.device)
+            expected = torch.cat([self._network.eager(part) for part in clips.split(_FEWEST)])
+            if not expected.isfinite().all():
                 raise ConfigError(
-                    f"what torch.compile made of S3D errs by {100 * error:.3g} % of the distance of two clips on this "
-                    "machine; extract without it (--set extract.compile=false)"
+                    f"S3D gives numbers that are not finite in {self._network.dtype}: its weights are damaged, or too "
+                    "large for this precision; extract in another (--set extract.precision=bfloat16)"
                 )
+            if not (error := largest_error(expected, self(clips))) < _TOLERANCE:
+                way = "extract.compile=false" if self._network.compiled else "extract.gpus_per_worker=0"
+                raise ConfigError(
+                    f"batches of {size} clips give other features than PyTorch's own on this machine (by {error:.2g} "
+                    f"of the distance of noise and black): extract without what makes them so (--set {way})"
+                )
+
+
+def noise_and_black(shape: Sequence[int]) -> Tensor:
+    """Clips, uint8, of which every other one, in random pairs, is black: one that is in another's place tells."""
+    clips = torch.randint(256, tuple(shape), dtype=torch.uint8)
+    first_black = torch.rand(len(clips) // 2) < 0.5
+    clips[0 : 2 * len(first_black) : 2][first_black] = 0
+    clips[1 : 2 * len(first_black) : 2][~first_black] = 0
+    return clips
+
+
+def largest_error(expected: Tensor, got: Tensor) -> float:
+    """Of any token (B, F), as a share of the largest distance of two of them; of a single one, of its length."""
+    apart = torch.cdist(expected, expected).max() if len(expected) > 1 else expected.norm()
+    return float((got - expected).norm(dim=1).max() / apart)
 
 
 def sizes(most: int) -> list[int]:

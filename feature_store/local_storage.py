@@ -120,6 +120,8 @@ class LocalStorage:
         try:
             source.replace(final)
         except IsADirectoryError:
+            if not final.is_dir():  # somebody else has put it aside, and the file in its place
+                return self._put(source, final)
             self.path(VOIDED).mkdir(exist_ok=True)
             final.rename(self.path(VOIDED) / f"folder-{uuid.uuid4().hex}-{final.name}")
             source.replace(final)

@@ -1,6 +1,6 @@
 """The same S3D made for inference: what extraction runs (between decode and store; the definition is s3d.py).
 
-Three changes, none of which changes a number beyond rounding:
+What is different, none of it by more than its precision's rounding:
 - activations lie as (B, T, H, W, C), so that a 1×1×1 convolution is a matrix product, one in space a 2-D convolution of
   B·T pictures, one in time a 2-D convolution over (T, H·W): views of the same memory, for which the libraries have fast
   kernels (PyTorch's own for 3-D convolutions and 3-D max-pooling are slow ones on CPUs);

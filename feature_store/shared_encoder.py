@@ -132,12 +132,11 @@ class SharedEncoder:
         if self._busy_since is None:
             self._busy_since = begun_s
         try:
-            clips = parts[0] if len(parts) == 1 else torch.cat(parts)
             if self._copies is None:
-                return _Batch(asked, self._encoder(clips), begun_s, None)
+                return _Batch(asked, self._encoder(_joined(parts)), begun_s, None)
             marks = tuple(torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
             marks[0].record()
-            made = self._encoder(clips)
+            made = self._encoder(_joined(parts))
             tokens = torch.empty(made.shape, pin_memory=True)
             tokens.copy_(made, non_blocking=True)  # before the next batch, which it would else wait for
             marks[1].record()
@@ -162,6 +161,10 @@ class SharedEncoder:
         self.encoded += len(batch.tokens)
         for (_, answer), part in zip(batch.asked, parts, strict=True):
             answer.set_result(part)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _fail(asked: list[_Asked], error: BaseException) -> None:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from feature_store.at_work import REPAIR, at_work, require_no_writers
 from feature_store.commit import Commit, committed_shards, roll_all_forward, void, void_orphan
 from feature_store.files import SCRATCH
-from feature_store.index import StoreIndex
+from feature_store.index import StoreIndex, snapshot_key
 from feature_store.inspection import Inspection
 from feature_store.layout import (
     CURRENT,
@@ -140,7 +140,10 @@ def repair_store(inspection: Inspection, left: Sequence[str]) -> list[str]:
     if bad_segments or not array_fits(meta, planned_shards(meta)):
         set_shard_count(meta, planned_shards(meta))
         done.append("wrote features/zarr.json anew")
+    taken_out = tuple(f"{snapshot_key(name)}{end}" for name in inspection.bad_snapshots for end in ("/", "."))
     for key, data in (wrong_metadata(meta) | inspection.derived).items():
+        if key.startswith(taken_out):  # nothing of a snapshot that is gone may come back
+            continue
         meta.storage.replace(key, data)
         done.append(f"wrote {key} anew")
     before = snapshot_names(meta)

@@ -57,6 +57,8 @@ def extract(folder: Path, paths: list[Path], count: int, weights: Path, **settin
             first.append((time.monotonic(), state.encoded_s))
 
     done = extract_corpus(store, videos, cfg, weights=weights, on_progress=look)
+    if done.tally.failed:
+        raise SystemExit(f"{done.tally.failed} videos failed ({done.tally.reasons}): the speed says nothing")
     (since, before), end = first[0], time.monotonic()
     rate = (done.tally.seconds - before) / (end - since)
     return Extracted(rate, done.waiting, done.tally.failed, since - began)

@@ -245,7 +245,7 @@ def test_a_killed_worker_costs_nothing(corpus: Path, extracted: tuple[Path, Extr
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         else:
             target.unlink(missing_ok=True)
-    started = lambda: processes_of("ShardWorker") if any((store / "_commits").iterdir()) else []  # noqa: E731
+    started = lambda: processes_of("RemoteShardWorker") if any((store / "_commits").iterdir()) else []  # noqa: E731
     with Killer(started, 3) as killer:
         summary = extract_corpus(store, list_inputs([corpus]), CFG, random_seed=0)
     assert killer.kills >= 1
@@ -277,7 +277,7 @@ def test_a_video_that_takes_workers_down_is_given_up(tmp_path: Path, make_video:
 @pytest.mark.slow
 def test_workers_that_cannot_start_stop_the_work(corpus: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    workers = lambda: processes_of("ShardWorker")  # noqa: E731
+    workers = lambda: processes_of("RemoteShardWorker")  # noqa: E731
     with Killer(workers, 99), pytest.raises(ExtractionError, match="without coming any further"):
         extract_corpus(store, list_inputs([corpus]), CFG.model_copy(update={"workers": 1}), random_seed=0)
 

@@ -151,7 +151,7 @@ def test_the_driver_is_killed(cluster: Cluster, calm: tuple[bool, Path], corpus:
         process.kill()
     committed = {path.name: path.read_bytes() for path in (store / "_commits").iterdir()}
     assert committed
-    psutil.wait_procs(processes_of("ShardWorker"), timeout=30)
+    psutil.wait_procs(processes_of("RemoteShardWorker"), timeout=30)
     with driver(cluster, store, corpus, calm[0]) as process:
         ok, deaths = end_of(process)
     assert ok < 40

@@ -3,9 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from feature_store.config import DecodeConfig
-from feature_store.graphed_encoder import GraphedEncoder, sizes
+from feature_store.graphed_encoder import GraphedEncoder, largest_error, noise_and_black, sizes
 from feature_store.s3d_fused import FusedS3D
 from feature_store.shared_encoder import SharedEncoder
 from tests.feature_store.test_s3d_fused import plain, random_clips, random_model
@@ -20,6 +21,18 @@ def test_sizes_are_powers_of_two_and_the_largest_batch() -> None:
     assert sizes(8) == [8]
     assert sizes(3) == [3]
     assert sizes(1) == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_error_and_a_mixed_up_clip_is(dtype: torch.dtype) -> None:
+    model, clips = random_model(), noise_and_black((4, 16, 64, 64, 3))
+    black = (clips == 0).flatten(1).all(1)
+    assert black.view(2, 2).sum(1).tolist() == [1, 1], "one of each pair"
+    exact, got = FusedS3D(model).eager(clips), FusedS3D(model, dtype=dtype).eager(clips)
+    assert largest_error(exact, got) < 0.25
+    assert largest_error(exact, got[[1, 0, 2, 3]]) > 0.75
+    assert largest_error(exact, got * 0) > 0.75
+    assert largest_error(exact[:1], got[:1]) < 0.25
 
 
 @pytest.mark.gpu

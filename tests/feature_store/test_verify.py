@@ -23,7 +23,7 @@ from feature_store.plan import plan_videos
 from feature_store.prune import prune_store
 from feature_store.reader import FeatureReader
 from feature_store.s3_storage import S3Storage
-from feature_store.snapshot import finalise
+from feature_store.snapshot import finalise, snapshot_names
 from feature_store.verify import verify_store
 from tests.feature_store.store_tools import (
     change,
@@ -32,6 +32,7 @@ from tests.feature_store.store_tools import (
     flipped,
     make_store,
     provenance,
+    random_corpus,
     whole_after_cut,
     write_shards,
 )
@@ -526,3 +527,17 @@ def test_a_flipped_bit_of_the_frame_of_the_metadata(store: Path) -> None:
     assert problem.where == f"{store}/zarr.json"
     assert verify_store(store, repair=True).repaired == ["wrote zarr.json anew"]
     assert (store / "zarr.json").read_bytes() == whole
+
+
+def test_of_a_snapshot_that_is_taken_out_nothing_comes_back(tmp_path: Path) -> None:
+    """An array is damaged, so that the snapshot goes; its metadata is too, and would be made anew where it lay."""
+    corpus = random_corpus(6, 300)
+    store = make_store(tmp_path / "store", corpus)
+    before = snapshot_names(open_store(store))
+    for name in ("c/0", "zarr.json"):
+        flip_bit(store / "index" / before[0] / "crc32c" / name, 3)
+    assert verify_store(store, deep=True, repair=True).problems == []
+    assert set(snapshot_names(open_store(store))).isdisjoint(before)
+    assert verify_store(store, deep=True).problems == []
+    reader = FeatureReader(store, check="always")
+    assert sorted(reader.index.id_list()) == sorted(name.encode() for name in corpus)

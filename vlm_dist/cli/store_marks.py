@@ -43,7 +43,11 @@ def delete(
     report = delete_videos(root, asked, undo)
     more = ", …" if report.unknown > len(report.unknown_ids) else ""
     named = visible(", ".join(report.unknown_ids)) + more
-    if report.unknown and report.unknown == len({video_id.encode("utf-8", "replace") for video_id in asked}):
+    if (
+        report.unknown
+        and not report.changed
+        and report.unknown == len({video_id.encode("utf-8", "replace") for video_id in asked})
+    ):
         raise ConfigError(f"{root} has none of these videos: {named}; give ids of videos that have features there")
     if as_json:
         print_json(report.model_dump())

@@ -1,7 +1,7 @@
 """Who may attend to whom: the one place that builds the encoder's attention masks (reference facts 1.4).
 
-All masks are boolean, True where attention is allowed, with one axis for the heads: BERT in transformers 5 honours
-that form exactly with its "sdpa" kernels. It takes 0/1 floats, and booleans with "eager", silently wrongly.
+All masks are boolean, True where attention is allowed, with one axis for the heads, as PyTorch's own attention takes
+them (packing.py). BERT of transformers 5 would take 0/1 floats, and booleans with "eager", silently wrongly.
 """
 
 from typing import Literal

@@ -1,8 +1,11 @@
 """Packed execution: what the padded form of BERT gives, states and gradients, and no place of padding computed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import BertModel
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from tests.vlm_dist.model.golden import encode, random_batch, tiny_model
 from vlm_dist.model.attention_masks import Attention, attention_mask, real_places
@@ -59,3 +62,28 @@ def test_packing_and_back() -> None:
     values = torch.randn(*REAL.shape, 3, 2)
     assert torch.equal(packing.pack(values), values[REAL])
     assert torch.equal(packing.unpack(values[REAL]), values * REAL[..., None, None])
+
+
+@pytest.mark.parametrize("attention", ["full", "isolated"])
+def test_low_precision_and_an_empty_modality_stay_finite(attention: Attention) -> None:
+    """The first clip has no video; the others lose their words."""
+    assert not BATCH.video_mask[0].any()
+    text_mask = BATCH.text_mask & (torch.arange(BATCH.text_mask.shape[1]) < 2)
+    model = tiny_model().to(torch.bfloat16)
+    hidden = encode(model, replace(BATCH, text_mask=text_mask), attention)
+    hidden.float().square().sum().backward()
+    assert torch.isfinite(hidden).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    exact = encode(tiny_model(), replace(BATCH, text_mask=text_mask), attention)
+    assert (hidden.float() - exact).abs().max() < 0.1
+
+
+def test_dropout_is_on_in_training_only() -> None:
+    model = tiny_model(dropout=0.5)
+    assert torch.equal(encode(model, BATCH), encode(model, BATCH))
+    model.train()
+    assert not torch.equal(encode(model, BATCH), encode(model, BATCH))
+    only_attention = tiny_model(dropout=0.5)
+    for module in only_attention.modules():
+        module.train(isinstance(module, BertSelfAttention))
+    assert not torch.equal(encode(only_attention, BATCH), encode(only_attention, BATCH))
