@@ -168,7 +168,7 @@ def test_decoders_are_killed_twenty_times(
 
     def one_of_them() -> list[psutil.Process]:
         """Whatever it does: reads, waits for the network, starts, or has nothing to do."""
-        time.sleep(dice.uniform(0, 0.6))
+        time.sleep(dice.uniform(0, 0.35))
         return sorted(processes_of("Decoder"), key=lambda process: dice.random())
 
     with driver(cluster, store, corpus, calm[0]) as process, Killer(one_of_them, 20) as killer:
