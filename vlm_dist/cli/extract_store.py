@@ -153,8 +153,8 @@ def _progress_note(state: "ExtractProgress") -> str:
         f"{state.videos_per_s:.2g} videos/s",
         f"{state.video_seconds_per_s:.1f} s of video/s",
     ]
-    if not state.workers and state.shards_done < state.shards:
-        parts.append("no worker has started yet: Ray has no room for one, or it compiles its network")
+    if state.elapsed_s > SETTLED_S and not state.workers and state.shards_done < state.shards:
+        parts.append("no worker is there: Ray has no room for one, or it is being started")
     elif state.elapsed_s > SETTLED_S:
         parts.append(f"networks wait for decoding {100 * state.waiting:.0f} %")
     if state.tally.failed:
