@@ -46,6 +46,10 @@ class TrainConfig(_Frozen):
         default="global", description="Negatives of all ranks, or of this rank only."
     )
     nce_chunk: int = Field(default=2048, ge=1, description="Keys scored at once in the loss.")
+    recompute: Literal["none", "cheap", "layers"] = Field(
+        default="none",
+        description="Activations made again in the backward pass: none, cheap (all but the products), whole layers.",
+    )
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
     validate_every: int = Field(default=1024, ge=0, description="Steps between validation losses; 0 only at the end.")

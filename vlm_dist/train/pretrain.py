@@ -24,6 +24,7 @@ from vlm_dist.losses.nce import LossSums, masked_token_loss
 from vlm_dist.model.checkpoint import build_vlm, save_vlm
 from vlm_dist.model.config import ModelConfig
 from vlm_dist.model.origin import TrainedOn, read_trained_on
+from vlm_dist.model.recompute import set_recompute
 from vlm_dist.model.vlm import VLM
 from vlm_dist.train import distributed
 from vlm_dist.train.config import TrainConfig
@@ -61,6 +62,7 @@ class PretrainModule(nn.Module):
         super().__init__()
         self.vlm = vlm
         self.train_cfg = train
+        set_recompute(vlm.bert, train.recompute)
 
     def forward(self, batch: ClipBatch, pool: Tensor) -> LossSums:
         """Masked-token losses of one micro-batch, with the (N, F) raw features in `pool` as negatives."""
