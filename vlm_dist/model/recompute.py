@@ -29,6 +29,7 @@ def set_recompute(bert: BertModel, kind: Recompute) -> None:
     again: Any = partial(checkpoint, use_reentrant=False)
     if kind == "cheap":
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+    layer: Any
     for layer in bert.encoder.layer:
         layer.gradient_checkpointing = kind != "none"
         layer._gradient_checkpointing_func = again
