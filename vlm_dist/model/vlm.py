@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 
-from vlm_dist.model.attention_masks import Attention, attention_mask, real_places
+from vlm_dist.model.attention_masks import Attention
 from vlm_dist.model.config import ModelConfig
 from vlm_dist.model.packing import PACKED, Packing
 
@@ -127,14 +127,13 @@ class VLM(nn.Module):
             video_mask: (B, V) bool, real seconds.
             text: (B, T) int64, [CLS] [SEP] w1..wn [SEP] [PAD]..
             text_mask: (B, T) bool.
-            attention: "full" or "isolated" (see `attention_masks`).
+            attention: "full", "isolated" or "captioning" (see `attention_masks`).
             video_labels: (B, V) bool, places whose feature is zeroed before the video MLP (reference facts 1.2).
         """
         if video_labels is not None:
             video = video.masked_fill(video_labels[..., None], 0)
         hidden = self.embed(video, text)
-        mask = attention_mask(attention, video_mask, text_mask)
-        packing = Packing.of(real_places(video_mask, text_mask), mask)
+        packing = Packing(attention, video_mask, text_mask)
         packed: Tensor = self.bert.encoder(packing.pack(hidden)[None], attention_mask=packing).last_hidden_state[0]
         return packing.unpack(packed)
 

@@ -56,13 +56,30 @@ def test_isolated_modalities_do_not_see_each_other(dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("attention", ["full", "isolated"])
+@pytest.mark.parametrize("attention", ["full", "isolated", "captioning"])
 def test_padding_is_never_seen(attention, dtype):
     model, batch = tiny_model().to(dtype), random_batch(6)
     for before, after in zip(
         parts(model, batch, attention), parts(model, other_padding(batch), attention), strict=True
     ):  # fmt: skip
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_captions_see_the_video_and_no_word_that_follows(dtype):
+    model, batch = tiny_model().to(dtype), random_batch(6)
+    place = torch.arange(batch.text.shape[1])
+    later = replace(batch, text=torch.where(batch.text_mask & (place > 5), (batch.text + 7) % 50 + 5, batch.text))
+    cls, video, text = parts(model, batch, "captioning")
+    new_cls, new_video, new_text = parts(model, later, "captioning")
+    before = (place[2:].expand(6, -1) <= 5)[batch.text_mask[:, 2:]]
+    assert torch.equal(cls, new_cls)
+    assert torch.equal(video, new_video)
+    assert torch.equal(text[before], new_text[before])
+    assert (text[~before] != new_text[~before]).any(1).all()
+    seen = parts(model, other_video(batch), "captioning")[2]
+    with_video = (batch.video_mask.any(1)[:, None] & batch.text_mask)[:, 2:][batch.text_mask[:, 2:]]
+    assert (text != seen).any(1)[with_video].all()
 
 
 def test_full_attention_joins_the_modalities():
@@ -93,3 +110,5 @@ def test_mask_by_hand():
         *[[0, 1, 0, 1, 0, 0, 0]] * 3,
         *[[0, 0, 0, 0, 1, 1, 0]] * 3,
     ]  # fmt: skip
+    captioning = attention_mask("captioning", video, text)[0, 0].int().tolist()
+    assert captioning == [*[[1, 1, 0, 1, 0, 0, 0]] * 4, [1, 1, 0, 1, 1, 0, 0], *[[1, 1, 0, 1, 1, 1, 0]] * 2]

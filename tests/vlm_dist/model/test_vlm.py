@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from tests.vlm_dist.model.golden import Golden, encode, random_batch, tiny_model
-from vlm_dist.data.batch import ClipBatch
+from vlm_dist.data.batch import IGNORE, ClipBatch
 from vlm_dist.model.attention_masks import attention_mask, real_places
 from vlm_dist.model.config import ModelConfig
 from vlm_dist.model.vlm import VLM
@@ -41,6 +42,20 @@ def test_isolated_mask_and_pooling_match_the_reference(shared):
     for run in ("train", "test"):
         torch.testing.assert_close(video, golden[f"out/{run}/pooled_video"], atol=1e-5, rtol=0)
         torch.testing.assert_close(text, golden[f"out/{run}/pooled_text"], atol=1e-5, rtol=0)
+
+
+def test_captioning_mask_scores_and_loss_match_the_reference(shared):
+    golden = Golden(shared, "ft_nlg")
+    model, batch = golden.model().eval(), golden.batch()
+    real = real_places(batch.video_mask, batch.text_mask)
+    mask = attention_mask("captioning", batch.video_mask, batch.text_mask)[:, 0]
+    assert torch.equal(mask[real], golden["in/attention_mask"][real])
+    labels = batch.text_labels
+    with torch.no_grad():
+        at_text = model.split(encode(model, batch, "captioning"), batch.video.shape[1])[1][labels != IGNORE]
+        scores = model.head(at_text) @ model.word_table.T + model.word_bias
+    torch.testing.assert_close(scores, golden["out/logits"], atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(cross_entropy(scores, labels[labels != IGNORE]), golden["out/loss"], atol=1e-5, rtol=0)
 
 
 def test_paper_size_model_has_the_papers_parameters_but_for_the_two_unused_parts():
