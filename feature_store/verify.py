@@ -23,7 +23,8 @@ from feature_store.plan_repair import missing_segments, planned_paths, rebuild_s
 from feature_store.problem import Problem
 from feature_store.restore import restore_records
 from feature_store.salvage import salvage_shard, settled_elsewhere
-from feature_store.snapshot import finalise, recover_snapshots, snapshot_names, void_snapshot
+from feature_store.snapshot import finalise, snapshot_names, void_snapshot
+from feature_store.snapshot_json import recover_snapshots
 from feature_store.snapshot_salvage import salvage_snapshot
 from feature_store.storage import Root
 
