@@ -36,6 +36,7 @@ class IndexInspection:
         self.derived: dict[str, bytes] = {}  # what damaged files must hold that follow from others, by key
         self.bad_current = False
         self.deleted: set[str] = set()  # ids that the current snapshot leaves out on purpose
+        self.disputed: set[int] = set()  # shards of which the records say something else
         self._current = _current(meta)  # before the names: what it names is there already
         self._names = snapshot_names(meta)
 
@@ -126,6 +127,7 @@ class IndexInspection:
                 message = f"is in no commit record as shard, row, rows, crc {place}"
                 where = f"index {index.name}, video {key.decode()}"
                 self.problems.append(Problem(kind="video", where=where, message=message))
+                self.disputed.add(place[0])
 
     def _tables(self, index: StoreIndex) -> None:
         """Lengths, pointers, times and token ids of a snapshot; with `deep` every array's checksum."""

@@ -65,8 +65,8 @@ def told_files(meta: StoreMeta, name: str) -> ToldFiles:
     if SNAPSHOT_COPY in details["files"]:
         with suppress(FileNotFoundError):
             copied = meta.storage.read(f"{folder}/{SNAPSHOT_COPY}")
-    own, others = {key: len(data), **columns}, {f"{folder}/{file}": size for file, size in derived.items()}
-    return ToldFiles(own, others, copied != data)
+    others = {f"{folder}/{file}": size for file, size in derived.items()}
+    return ToldFiles({key: len(data), **columns}, others, copied != data)
 
 
 def _metadata(details: dict[str, Any], data: bytes) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """feature_store.plan: shares, segments that only grow, duplicates, and videos that found no place."""
 
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -187,9 +188,12 @@ def test_an_array_that_was_not_grown_yet(tmp_path: Path, damage: str) -> None:
     else:
         (tmp_path / FEATURES_JSON).unlink()
     (problem,) = verify_store(tmp_path).problems
-    assert (problem.kind, problem.where) == ("metadata", f"{tmp_path}/{FEATURES_JSON}")
+    lost = damage.startswith("larger")  # a segment is, whose planner had grown the array
+    named = ("plan", "plan segment 2") if lost else ("metadata", f"{tmp_path}/{FEATURES_JSON}")
+    assert (problem.kind, problem.where) == named
     report = verify_store(tmp_path, repair=True)
     assert report.problems == []
+    assert ("plan segment 2 is lost: give the videos to extract again" in report.repaired) == lost
     assert "wrote features/zarr.json anew" in report.repaired
     assert zarr.open_group(tmp_path, mode="r")["features"].shape[0] == 2 * 512
 
@@ -233,14 +237,20 @@ def test_a_repair_of_swapped_plan_files_that_is_killed(
 ) -> None:
     plan = read_plan(open_store(grown))
     swap(grown / "_plan/plan-001.json", grown / "_plan/plan-002.json")
-    real, calls = LocalStorage.replace, count()
+    calls = count()
 
-    def killed(storage: LocalStorage, key: str, data: bytes) -> None:
-        if next(calls) == kill_at:
-            raise KeyboardInterrupt
-        real(storage, key, data)
+    def killed(step: str) -> Callable[[LocalStorage, str, bytes], bool | None]:
+        real = getattr(LocalStorage, step)
 
-    monkeypatch.setattr(LocalStorage, "replace", killed)
+        def write(storage: LocalStorage, key: str, data: bytes) -> bool | None:
+            if next(calls) == kill_at:
+                raise KeyboardInterrupt
+            return real(storage, key, data)
+
+        return write
+
+    for step in ("create", "replace"):
+        monkeypatch.setattr(LocalStorage, step, killed(step))
     with pytest.raises(KeyboardInterrupt):
         restore_segments(open_store(grown))
     monkeypatch.undo()

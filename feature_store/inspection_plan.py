@@ -1,0 +1,91 @@
+"""The plan, and whether the commit records say the same (any store → its problems; see inspection.py).
+
+A segment may be whole and still be wrong: another store's, copied over it, carries the same name. Which of the two is
+wrong, where a segment and a record differ, the shard's file decides: a record is proven by every byte of it. So a plan
+never costs a shard that is whole.
+"""
+
+from feature_store.commit import Commit
+from feature_store.layout import StoreMeta
+from feature_store.plan import Segment, ShardTask, read_segment, segment_numbers, stray_files
+from feature_store.plan_repair import missing_segments
+from feature_store.problem import Kind, Problem
+from vlm_dist.errors import StoreUnreachableError, VlmDistError
+
+
+class PlanInspection:
+    """All segments as they are; records are shown to it one by one, then `judge` says what is wrong."""
+
+    def __init__(self, meta: StoreMeta) -> None:
+        self.problems: list[Problem] = []
+        self.bad: list[int] = []  # numbers of segments
+        self.planned: dict[int, set[str]] = {}  # ids by shard, of segments that are not bad
+        self.uncommitted: dict[int, ShardTask] = {}  # of bad segments that are this store's
+        self.forgotten: set[str] = set()  # ids that only what records contradict says
+        self._segments: dict[int, Segment] = {}
+        self._plans: dict[int, list[tuple[int, set[str]]]] = {}  # by shard: number of the segment, ids
+        self._proven: set[int] = set()  # shards whose record is as its file
+        self._supported: set[int] = set()
+        self._contradicted: dict[int, int] = {}  # by number: a shard of which its record says something else
+        for number in missing_segments(meta):
+            self._wrong(number, "is missing")
+        for number in segment_numbers(meta):
+            try:
+                segment = read_segment(meta, number)
+            except StoreUnreachableError:
+                raise
+            except VlmDistError as error:
+                self._wrong(number, error)
+                continue
+            self._segments[number] = segment
+            for task in segment.tasks:
+                self._plans.setdefault(task.shard, []).append((number, {video.video_id for video in task.videos}))
+        for key in stray_files(meta):
+            self._report("stray", meta.place(key), "is no file of the plan, and nobody reads it")
+
+    def _wrong(self, number: int, message: object) -> None:
+        self.bad.append(number)
+        self._report("plan", f"plan segment {number}", message)
+
+    def _report(self, kind: Kind, where: str, message: object) -> None:
+        self.problems.append(Problem(kind=kind, where=where, message=str(message)))
+
+    def against(self, commit: Commit) -> list[int]:
+        """Segments that do not plan for its shard what a record holds."""
+        told = {record.video_id for record in commit.videos}
+        return [number for number, ids in self._plans.get(commit.shard, ()) if not told <= ids]
+
+    def trust(self, commit: Commit) -> None:
+        """A record that is right, whatever was planned."""
+        against = self.against(commit)
+        self._contradicted |= dict.fromkeys(against, commit.shard)
+        self._proven.add(commit.shard)
+        if commit.size:
+            self._supported.update(n for n, _ in self._plans.get(commit.shard, ()) if n not in against)
+
+    def doubts(self, commit: Commit) -> bool:
+        """Whether a record that nothing proves is wrong: other records prove the segments that it contradicts."""
+        return any(n in self._supported and n not in self._contradicted for n in self.against(commit))
+
+    def judge(self) -> None:
+        """After all records: which segments are wrong, and what is planned."""
+        for number, shard in sorted(self._contradicted.items()):
+            self._wrong(number, f"plans other videos for shard {shard} than are committed there")
+            if number in self._supported:
+                tasks = self._segments[number].tasks
+                self.uncommitted |= {task.shard: task for task in tasks if task.shard not in self._proven}
+                self.forgotten.update(v.video_id for task in tasks for v in task.videos if task.shard in self._proven)
+        before: Segment | None = None
+        for number, segment in sorted(self._segments.items()):
+            if number in self._contradicted:
+                continue
+            end, next_to = (before.end, before.number + 1 == number) if before else (0, number == 0)
+            if segment.first_shard < end or (next_to and segment.first_shard != end):
+                if before and number in self._supported and before.number not in self._supported:
+                    self._wrong(before.number, f"ends at shard {end}, and the next begins at {segment.first_shard}")
+                else:
+                    self._wrong(number, f"begins at shard {segment.first_shard}, not {end}")
+                    continue
+            before = segment
+        good = (segment for number, segment in self._segments.items() if number not in self.bad)
+        self.planned = {task.shard: {v.video_id for v in task.videos} for segment in good for task in segment.tasks}
