@@ -26,7 +26,7 @@ class PlanInspection:
         self._plans: dict[int, list[tuple[int, set[str]]]] = {}  # by shard: number of the segment, ids
         self._proven: set[int] = set()  # shards whose record is as its file
         self._supported: set[int] = set()
-        self._contradicted: dict[int, int] = {}  # by number: a shard of which its record says something else
+        self._contradicted: dict[int, int] = {}  # by number: the first shard of which its record says something else
         for number in missing_segments(meta):
             self._wrong(number, "is missing")
         for number in segment_numbers(meta):
@@ -58,7 +58,8 @@ class PlanInspection:
     def trust(self, commit: Commit) -> None:
         """A record that is right, whatever was planned."""
         against = self.against(commit)
-        self._contradicted |= dict.fromkeys(against, commit.shard)
+        for number in against:
+            self._contradicted.setdefault(number, commit.shard)
         self._proven.add(commit.shard)
         if commit.size:
             self._supported.update(n for n, _ in self._plans.get(commit.shard, ()) if n not in against)

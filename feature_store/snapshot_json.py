@@ -1,4 +1,4 @@
-"""snapshot.json and its second copy: which of the two tells of the snapshot that they lie in (index → repair).
+"""What tells where a snapshot's files are and what is in them: LOCATION, snapshot.json, its copy (index → repair).
 
 What was deleted and split is told nowhere else. A seal proves that a file is whole, not that it lies where it belongs:
 so the snapshot's own name decides, in a bucket the checksum in LOCATION, and else what is in the snapshot's arrays.
@@ -7,32 +7,77 @@ so the snapshot's own name decides, in a bucket the checksum in LOCATION, and el
 from pathlib import Path
 from typing import Any
 
+from feature_store.arrays import column_bytes, column_key
 from feature_store.files import crc32c
 from feature_store.index import array_groups, snapshot_details, snapshot_key
-from feature_store.layout import StoreMeta
+from feature_store.layout import SNAPSHOTS, StoreMeta
 from feature_store.published import SNAPSHOT_COPY, SNAPSHOT_JSON, Location
-from feature_store.snapshot import snapshot_names
+from feature_store.snapshot import snapshot_names, told_number
 from feature_store.snapshot_parts import as_it_is, is_sound
 from vlm_dist.errors import StoreError, StoreUnreachableError
 
+_TOLD_IN = (SNAPSHOT_JSON, SNAPSHOT_COPY)
+
 
 def recover_snapshots(meta: StoreMeta) -> list[str]:
-    """Makes a lost, damaged or foreign snapshot.json anew from its second copy, where that fits; what was done."""
+    """Makes what is lost, damaged or another snapshot's anew, where the rest tells it; what was done.
+
+    A LOCATION from the objects of the one folder that can be meant, a snapshot.json from its second copy.
+    """
     done: list[str] = []
-    for name in snapshot_names(meta):
+    there = snapshot_names(meta)
+    told = f"{told_number(meta):06d}"  # by CURRENT
+    for name in [*there, *([] if told in there else [told])]:
         try:
             location = Location.of(meta.storage, snapshot_key(name))
         except StoreUnreachableError:
             raise
-        except StoreError:  # where its files are is lost
-            continue
+        except StoreError:
+            location = None
+            lost = True
+        else:
+            lost = name not in there
+        if lost:
+            if not (location := _found_again(meta, name)):
+                continue
+            key = Location.key(snapshot_key(name))
+            meta.storage.replace(key, location.sealed())
+            done.append(f"made {key} anew from the objects that it names")
         folder = location.folder if location else snapshot_key(name)
         key = f"{folder}/{SNAPSHOT_JSON}"
-        there, copied = (_own(meta, f"{folder}/{file}", name) for file in (SNAPSHOT_JSON, SNAPSHOT_COPY))
-        if copied and copied != there and _fitting(meta, name, location, there, copied) == copied:
+        read, copied = (_own(meta, f"{folder}/{file}", name) for file in _TOLD_IN)
+        if copied and copied != read and _fitting(meta, name, location, read, copied) == copied:
             meta.storage.replace(key, copied)
             done.append(f"made {key} anew from its second copy")
     return done
+
+
+def _found_again(meta: StoreMeta, name: str) -> Location | None:
+    """Where the objects of a snapshot are whose LOCATION is lost; None where none or several folders can be meant.
+
+    The checksums of its columns are those that its snapshot.json tells: no damage is sealed.
+    """
+    storage = meta.storage
+    folders = [f"{SNAPSHOTS}/{folder}" for folder in storage.names(SNAPSHOTS) if folder.startswith(f"{name}.")]
+    told = {
+        folder: data for folder in folders for file in _TOLD_IN[::-1] if (data := _own(meta, f"{folder}/{file}", name))
+    }
+    if len(told) != 1:
+        return None
+    ((folder, data),) = told.items()
+    details = snapshot_details(data, folder, name)
+    files = {
+        "/".join(filter(None, (part, column_key(array)))): (size, info["crc32c"])
+        for part, arrays in array_groups(details).items()
+        for array, info in arrays.items()
+        if (size := column_bytes(info))
+    }
+    files |= dict.fromkeys(_TOLD_IN if SNAPSHOT_COPY in details["files"] else _TOLD_IN[:1], (len(data), crc32c(data)))
+    for key in storage.sizes(folder):
+        if (file := key.removeprefix(f"{folder}/")) not in files:  # small: metadata, the tokenizer
+            other = storage.read(key)
+            files[file] = len(other), crc32c(other)
+    return Location(folder, files)
 
 
 def _own(meta: StoreMeta, key: str, name: str) -> bytes:
