@@ -127,11 +127,13 @@ class Inspection:
         if against and (look.problems or not commit.size):
             self._open.append((commit, look))
         else:
-            self._plan.trust(commit)
+            if not look.problems:
+                self._plan.trust(commit)
             self._take(commit, look)
 
     def _judge(self) -> None:
         """Whose fault it is where a record and the plan differ."""
+        self._look_again(self._plan.suspects())
         for commit, look in self._open:
             if self._plan.doubts(commit):
                 self._bad_record(commit.shard, f"holds videos that are not planned for shard {commit.shard}")
@@ -166,10 +168,13 @@ class Inspection:
             self.damaged.append(shard)
 
     def _look_again(self, shards: Collection[int]) -> None:
-        """Where the index says something else than a record: is the record as its file is?"""
+        """Where something else says otherwise than a record: is the record as its file is?"""
         for shard in sorted(shards) if not self.deep else ():
             if shard in self.ids and shard not in self.bad_shards:
-                self._damaged(shard, self._look(read_commit(self.meta, shard), deep=True))
+                look = self._look(read_commit(self.meta, shard), deep=True)
+                self._damaged(shard, look)
+                if look.problems:
+                    self._plan.withdraw(shard)
 
     def _look(self, commit: Commit, deep: bool) -> "_Look":
         """Whether the file of a sound record is as it says."""

@@ -25,7 +25,7 @@ class PlanInspection:
         self._segments: dict[int, Segment] = {}
         self._plans: dict[int, list[tuple[int, set[str]]]] = {}  # by shard: number of the segment, ids
         self._proven: set[int] = set()  # shards whose record is as its file
-        self._supported: set[int] = set()
+        self._supported: dict[int, set[int]] = {}  # by number: shards of which a record says the same
         self._contradicted: dict[int, int] = {}  # by number: the first shard of which its record says something else
         for number in missing_segments(meta):
             self._wrong(number, "is missing")
@@ -62,17 +62,28 @@ class PlanInspection:
             self._contradicted.setdefault(number, commit.shard)
         self._proven.add(commit.shard)
         if commit.size:
-            self._supported.update(n for n, _ in self._plans.get(commit.shard, ()) if n not in against)
+            for number in (n for n, _ in self._plans.get(commit.shard, ()) if n not in against):
+                self._supported.setdefault(number, set()).add(commit.shard)
+
+    def suspects(self) -> list[int]:
+        """Shards whose records say what a segment does that others contradict: both may be another store's."""
+        return sorted({shard for number in self._contradicted for shard in self._supported.get(number, ())})
+
+    def withdraw(self, shard: int) -> None:
+        """A record that is not right after all."""
+        self._proven.discard(shard)
+        for shards in self._supported.values():
+            shards.discard(shard)
 
     def doubts(self, commit: Commit) -> bool:
         """Whether a record that nothing proves is wrong: other records prove the segments that it contradicts."""
-        return any(n in self._supported and n not in self._contradicted for n in self.against(commit))
+        return any(self._supported.get(n) and n not in self._contradicted for n in self.against(commit))
 
     def judge(self) -> None:
         """After all records: which segments are wrong, and what is planned."""
         for number, shard in sorted(self._contradicted.items()):
             self._wrong(number, f"plans other videos for shard {shard} than are committed there")
-            if number in self._supported:
+            if self._supported.get(number):
                 tasks = self._segments[number].tasks
                 self.uncommitted |= {task.shard: task for task in tasks if task.shard not in self._proven}
                 self.forgotten.update(v.video_id for task in tasks for v in task.videos if task.shard in self._proven)
@@ -82,7 +93,7 @@ class PlanInspection:
                 continue
             end, next_to = (before.end, before.number + 1 == number) if before else (0, number == 0)
             if segment.first_shard < end or (next_to and segment.first_shard != end):
-                if before and number in self._supported and before.number not in self._supported:
+                if before and self._supported.get(number) and not self._supported.get(before.number):
                     self._wrong(before.number, f"ends at shard {end}, and the next begins at {segment.first_shard}")
                 else:
                     self._wrong(number, f"begins at shard {segment.first_shard}, not {end}")

@@ -281,7 +281,7 @@ def test_a_damaged_snapshot_json_loses_what_it_told(store: str) -> None:
     for file in ("snapshot.json", "snapshot-copy.json"):
         flip_bit(Path(store, "index", name, file), 99)
     report = repaired(store)
-    assert lost(report) == ["what was deleted, split and said in it (snapshot.json)"]
+    assert lost(report) == ["what was deleted, split and said in it (snapshot.json or LOCATION)"]
     assert "captions are those of snapshot 000005" in report.repaired
     assert said(store)[0] == []
 

@@ -3,11 +3,15 @@
 import random
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from feature_store.local_storage import LocalStorage
 from feature_store.marks import delete_videos, name_split
 from feature_store.plan import PlannedVideo, plan_videos
 from feature_store.reader import FeatureReader
@@ -108,3 +112,50 @@ def test_every_file_over_every_other(stores: tuple[Path, Path], tmp_path: Path, 
     counts = Counter(put(stores, *pair, tmp_path, deep) for pair in pairs(stores))
     print(f"\n{sum(counts.values())} pairs: {dict(counts)}")
     assert counts.total() == len(pairs(stores)) > 500
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the code under test takes it."""
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=pytest.mark.slow) for first in range(1, 6))])
+def test_a_repair_of_several_that_is_killed(
+    stores: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    """At every sixth of its writes: the next repair ends in the same store."""
+    one, other = stores
+    before, kills = told(one), 0
+    for kill_at in range(first, 1000, 6):
+        root = Path(shutil.copytree(one, tmp_path / f"{kill_at}"))
+        shutil.copy(other / "_plan/plan-000.json", root / "_plan/plan-000.json")
+        shutil.copy(one / "_plan/plan-002.json", root / "_plan/plan-001.json")
+        shutil.copy(other / "_commits/000003.json", root / "_commits/000003.json")
+        shutil.copy(one / "index/000004/snapshot.json", root / "index/000005/snapshot.json")
+        with monkeypatch.context() as patch:
+            calls = count()
+            for step in ("create", "replace", "move", "remove"):
+                patch.setattr(LocalStorage, step, _killed(getattr(LocalStorage, step), calls, kill_at))
+            try:
+                verify_store(root, repair=True)
+            except Killed:
+                kills += 1
+            else:
+                break
+        report = verify_store(root, repair=True, writers_gone=True)
+        assert report.problems == [], kill_at
+        assert told(root) == before, kill_at
+        assert not [name for name in open_storage(root).names("_voided") if name.endswith(".shard")], kill_at
+        again = verify_store(root, deep=True, repair=True)
+        assert (again.problems, again.repaired) == ([], []), kill_at
+        given = {video.video_id for task in plan_videos(root, [], 1) for video in task.videos}
+        assert given == {"vlater0", "vlater1"}, "of the segment that was copied nothing is forgotten"
+    assert kills > 2
+
+
+def _killed(real: Callable[..., Any], calls: Iterator[int], kill_at: int) -> Callable[..., Any]:
+    def step(*args: Any) -> Any:
+        if next(calls) == kill_at:
+            raise Killed
+        return real(*args)
+
+    return step
