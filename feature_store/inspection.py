@@ -144,7 +144,7 @@ class Inspection:
         self.problems[:0] = self._plan.problems
         self.bad_segments, self.planned = self._plan.bad, self._plan.planned
         self.uncommitted = self._plan.uncommitted
-        self.lost.update(self._plan.forgotten)
+        self.lost |= self._plan.forgotten.difference(*self.ids.values())
         for shard in self.bad_records:  # they tell nothing; perhaps all that was planned is lost
             self.lost.update(self.planned.get(shard, ()))
 

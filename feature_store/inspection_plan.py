@@ -7,7 +7,7 @@ never costs a shard that is whole.
 
 from feature_store.commit import Commit
 from feature_store.layout import StoreMeta
-from feature_store.plan import Segment, ShardTask, read_segment, segment_numbers, stray_files
+from feature_store.plan import ShardTask, read_segment, segment_numbers, stray_files
 from feature_store.plan_repair import missing_segments
 from feature_store.problem import Kind, Problem
 from vlm_dist.errors import StoreUnreachableError, VlmDistError
@@ -17,12 +17,13 @@ class PlanInspection:
     """All segments as they are; records are shown to it one by one, then `judge` says what is wrong."""
 
     def __init__(self, meta: StoreMeta) -> None:
+        self.meta = meta
         self.problems: list[Problem] = []
         self.bad: list[int] = []  # numbers of segments
         self.planned: dict[int, set[str]] = {}  # ids by shard, of segments that are not bad
         self.uncommitted: dict[int, ShardTask] = {}  # of bad segments that are this store's
         self.forgotten: set[str] = set()  # ids that only what records contradict says
-        self._segments: dict[int, Segment] = {}
+        self._spans: dict[int, tuple[int, int]] = {}  # by number: first shard, and the one after the last
         self._plans: dict[int, list[tuple[int, set[str]]]] = {}  # by shard: number of the segment, ids
         self._proven: set[int] = set()  # shards whose record is as its file
         self._supported: dict[int, set[int]] = {}  # by number: shards of which a record says the same
@@ -37,7 +38,7 @@ class PlanInspection:
             except VlmDistError as error:
                 self._wrong(number, error)
                 continue
-            self._segments[number] = segment
+            self._spans[number] = segment.first_shard, segment.end
             for task in segment.tasks:
                 self._plans.setdefault(task.shard, []).append((number, {video.video_id for video in task.videos}))
         for key in stray_files(meta):
@@ -84,20 +85,20 @@ class PlanInspection:
         for number, shard in sorted(self._contradicted.items()):
             self._wrong(number, f"plans other videos for shard {shard} than are committed there")
             if self._supported.get(number):
-                tasks = self._segments[number].tasks
+                tasks = read_segment(self.meta, number).tasks  # again: paths of all videos would fill the memory
                 self.uncommitted |= {task.shard: task for task in tasks if task.shard not in self._proven}
                 self.forgotten.update(v.video_id for task in tasks for v in task.videos if task.shard in self._proven)
-        before: Segment | None = None
-        for number, segment in sorted(self._segments.items()):
+        before, end = -1, 0
+        for number, (first, after) in sorted(self._spans.items()):
             if number in self._contradicted:
                 continue
-            end, next_to = (before.end, before.number + 1 == number) if before else (0, number == 0)
-            if segment.first_shard < end or (next_to and segment.first_shard != end):
-                if before and self._supported.get(number) and not self._supported.get(before.number):
-                    self._wrong(before.number, f"ends at shard {end}, and the next begins at {segment.first_shard}")
+            if first < end or (before + 1 == number and first != end):
+                if before >= 0 and self._supported.get(number) and not self._supported.get(before):
+                    self._wrong(before, f"ends at shard {end}, and the next begins at {first}")
                 else:
-                    self._wrong(number, f"begins at shard {segment.first_shard}, not {end}")
+                    self._wrong(number, f"begins at shard {first}, not {end}")
                     continue
-            before = segment
-        good = (segment for number, segment in self._segments.items() if number not in self.bad)
-        self.planned = {task.shard: {v.video_id for v in task.videos} for segment in good for task in segment.tasks}
+            before, end = number, after
+        bad = set(self.bad)
+        good = ((shard, ids) for shard, plans in self._plans.items() for number, ids in plans if number not in bad)
+        self.planned = dict(good)

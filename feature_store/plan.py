@@ -107,7 +107,8 @@ def plan_videos(
         else the planned one: a corpus may move between two runs (while the planned file is there, it counts).
 
     Raises:
-        StoreError: the plan or a record is damaged, or a shard is published and its record is lost.
+        StoreError: the plan or a record is damaged, a shard is published and its record is lost, or a new id has more
+            than 1,000 bytes.
     """
     meta = open_store(root)
     published = meta.storage.sizes("features/c")  # before the records: what is published has had its record before
@@ -172,9 +173,9 @@ def _first_and_further(
     repeated: Counter[PlannedVideo] = Counter()
     for video in videos:
         clean = PlannedVideo(str(clean_text(video.video_id)), video.path)
-        if len(clean.video_id.encode()) > MAX_ID_BYTES:
+        if clean.video_id not in planned and len(clean.video_id.encode()) > MAX_ID_BYTES:
             raise StoreError(
-                f"the video id {clean.video_id[:40]}… of {video.path or 'a video'} has "
+                f"the video id {clean.video_id[:40]}… of {video.path[:200] or 'a video'} has "
                 f"{len(clean.video_id.encode()):,} bytes, and {MAX_ID_BYTES:,} are the most: give it a shorter one"
             )
         if clean.video_id in given or is_another_file(clean.path, planned.get(clean.video_id, clean.path)):
