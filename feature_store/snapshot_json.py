@@ -49,6 +49,9 @@ def recover_snapshots(meta: StoreMeta) -> list[str]:
         if copied and copied != read and _fitting(meta, name, location, read, copied) == copied:
             meta.storage.replace(key, copied)
             done.append(f"made {key} anew from its second copy")
+        if location and read and not copied and location.files.get(SNAPSHOT_COPY) == (len(read), crc32c(read)):
+            meta.storage.replace(f"{folder}/{SNAPSHOT_COPY}", read)  # without all its objects a bucket's is not opened
+            done.append(f"wrote {folder}/{SNAPSHOT_COPY} anew")
     return done
 
 

@@ -427,3 +427,22 @@ def test_a_location_is_made_anew(bucket: str, damage: str) -> None:
     assert unseal(storage.read(key), "") == whole
     assert said(root) == before
     assert snapshot_names(open_store(root)) == names
+
+
+@pytest.mark.slow
+def test_the_snapshot_json_of_another_snapshot_in_a_bucket(bucket: str) -> None:
+    """There, its LOCATION has the checksums of both."""
+    root = make_store(f"{bucket}/store", {key: CORPUS[key] for key in IDS[:2]})
+    name_split(root, "tr", ["v0"])
+    delete_videos(root, ["v1"])
+    storage, before, names = open_storage(root), said(root), snapshot_names(open_store(root))
+    told = {key: storage.read(key) for key in storage.sizes("index") if key.endswith(("snapshot.json", "-copy.json"))}
+    other = next(data for key, data in told.items() if key.startswith(f"index/{names[-2]}"))
+    for key, whole in told.items():
+        if key.startswith(f"index/{names[-1]}"):
+            storage.replace(key, other)
+            assert verify_store(root, deep=True).problems
+            report = verify_store(root, repair=True)
+            assert (report.problems, len(report.repaired)) == ([], 1)
+            assert (storage.read(key), said(root)) == (whole, before)
+            assert verify_store(root, deep=True, repair=True).repaired == []
