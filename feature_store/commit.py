@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from feature_store.files import SCRATCH, seal, unseal_as
-from feature_store.layout import COMMITS, VOIDED, StoreMeta, shard_key
+from feature_store.layout import COMMITS, StoreMeta, aside_key, shard_key
 from feature_store.records import VideoRecord
 from feature_store.shard import REPAIR
 from vlm_dist.errors import StoreError
@@ -174,7 +174,7 @@ def void(meta: StoreMeta, shard: int) -> None:
     An empty record stays in its place: the number is never used again, so that a reader of an older snapshot finds
     nothing there instead of another video's rows.
     """
-    storage, key, aside = meta.storage, commit_key(shard), _aside(meta, shard)
+    storage, key, aside = meta.storage, commit_key(shard), aside_key(f"{shard:06d}")
     storage.move(shard_key(shard), f"{aside}.shard")  # first: a record without data is voided again
     storage.replace(f"{aside}.json", storage.read(key))
     for staged, attempt, name in list(staged_attempts(meta)):  # committed and not published yet, perhaps
@@ -187,19 +187,14 @@ def restore_record(meta: StoreMeta, commit: Commit) -> None:
     """Gives a published shard whose record is damaged or lost a new record; a damaged one goes aside to `_voided`."""
     storage, key = meta.storage, commit_key(commit.shard)
     with contextlib.suppress(FileNotFoundError):  # lost
-        storage.replace(f"{_aside(meta, commit.shard)}.json", storage.read(key))
+        storage.replace(f"{aside_key(f'{commit.shard:06d}')}.json", storage.read(key))
     storage.replace(key, _sealed(commit))  # at once: no kill leaves a published shard without any record
-
-
-def _aside(meta: StoreMeta, shard: int) -> str:
-    number = sum(name.startswith(f"{shard:06d}.") for name in meta.storage.names(VOIDED))
-    return f"{VOIDED}/{shard:06d}.{number}"
 
 
 def void_orphan(meta: StoreMeta, key: str) -> None:
     """Takes out a shard whose commit record is lost; its number is never used again either."""
     number = key.split("/")[2]
-    meta.storage.move(key, f"{VOIDED}/orphan-{number}.{len(meta.storage.names(VOIDED))}.shard")
+    meta.storage.move(key, f"{aside_key(f'orphan-{number}')}.shard")
     if number.isdigit():
         meta.storage.create(commit_key(int(number)), _empty_record(int(number)))
 

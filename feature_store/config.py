@@ -1,5 +1,6 @@
 """How videos become features and captions become tokens: the settings of extraction, store and captions."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -7,6 +8,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 _CHUNK = 8
 _GPU_CHUNK = 16  # passing a chunk on takes a millisecond of Python, which all videos of a worker share
 _GPU_BATCH = 64
+
+# scheme:/rest of the address of a store or a file; one slash is what a Path of the command line leaves of two
+ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/(.*)")
 
 
 class _Frozen(BaseModel):

@@ -15,7 +15,7 @@ from feature_store.arrays import ArrayInfo, check_column, open_column
 from feature_store.caption_table import CaptionTable, VideoCaptions, unpack_ids
 from feature_store.files import crc32c, descriptor_guard, read_file, unseal_as
 from feature_store.layout import CURRENT, SNAPSHOTS, StoreMeta, open_store
-from feature_store.published import SNAPSHOT_JSON, Tree
+from feature_store.published import SNAPSHOT_COPY, SNAPSHOT_JSON, Tree
 from feature_store.storage import Root
 from vlm_dist.errors import StoreError, StoreUnreachableError
 
@@ -73,7 +73,7 @@ class StoreIndex:
         """Maps the columns."""
         path = self.folder / SNAPSHOT_JSON
         try:
-            self.details: dict[str, Any] = snapshot_details(read_file(path), path)
+            self.details: dict[str, Any] = snapshot_details(read_file(path), path, self.name)
         except FileNotFoundError:
             raise self._missing() from None
         self.fingerprint: str = self.details["fingerprint"]
@@ -260,8 +260,22 @@ class StoreIndex:
         return self._tree is before
 
     def _require_all(self) -> None:
+        self._require_copy()
         for folder, arrays in array_groups(self.details).items():
             self._require(folder, arrays)
+
+    def _require_copy(self) -> None:
+        """Where both are whole and differ, one is another snapshot's: of old ones, that do not tell their name."""
+        path = self.folder / SNAPSHOT_COPY
+        try:
+            copied = snapshot_details(read_file(path), path, self.name)
+        except (FileNotFoundError, StoreError):  # nothing is read from it; a repair makes it anew
+            return
+        if copied != self.details:
+            raise StoreError(
+                f"{self.folder / SNAPSHOT_JSON} and {SNAPSHOT_COPY} beside it differ: a file was copied or renamed; "
+                "run `vlm-dist store verify --repair` on the store"
+            )
 
     def _require(self, folder: str, arrays: dict[str, ArrayInfo]) -> None:
         for name, info in arrays.items():
@@ -280,9 +294,18 @@ def snapshot_key(name: str) -> str:
     return f"{SNAPSHOTS}/{name}"
 
 
-def snapshot_details(data: bytes, where: Path | str) -> dict[str, Any]:
-    """What snapshot.json says; StoreError where it is damaged."""
-    return unseal_as("the snapshot.json of a snapshot", data, where, _details)
+def snapshot_details(data: bytes, where: Path | str, name: str) -> dict[str, Any]:
+    """What the snapshot.json of that snapshot says; StoreError where it is damaged, or another's.
+
+    Snapshots of before it told their own name have none in it.
+    """
+    details = unseal_as("the snapshot.json of a snapshot", data, where, _details)
+    if (own := details.get("name", name)) != name:
+        raise StoreError(
+            f"{where} is that of snapshot {own}: a file was copied or renamed; "
+            "run `vlm-dist store verify --repair` on the store"
+        )
+    return details
 
 
 def _details(body: dict[str, Any]) -> dict[str, Any]:

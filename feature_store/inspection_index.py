@@ -10,7 +10,7 @@ from feature_store.caption_table import COLUMNS, CaptionTable
 from feature_store.index import StoreIndex, array_groups, current_snapshot, snapshot_key
 from feature_store.layout import CURRENT, SNAPSHOTS, StoreMeta
 from feature_store.problem import Kind, Problem
-from feature_store.published import Location
+from feature_store.published import SNAPSHOT_COPY, Location
 from feature_store.snapshot import row_milliseconds, snapshot_names
 from feature_store.snapshot_files import derived_files, told_files, wrong_file
 from feature_store.tokenizer import load_tokenizer
@@ -36,6 +36,7 @@ class IndexInspection:
         self.derived: dict[str, bytes] = {}  # what damaged files must hold that follow from others, by key
         self.bad_current = False
         self.deleted: set[str] = set()  # ids that the current snapshot leaves out on purpose
+        self.disputed: set[int] = set()  # shards of which the records say something else
         self._current = _current(meta)  # before the names: what it names is there already
         self._names = snapshot_names(meta)
 
@@ -77,7 +78,7 @@ class IndexInspection:
         told = told_files(self.meta, name)
         if wrong := wrong_file(self.meta, told.own, sizes):
             self._wrong(name, "", wrong)
-        elif wrong_file(self.meta, told.derived, sizes):
+        elif wrong_file(self.meta, told.derived, sizes) or told.copy_differs:
             with self._opened(name) as index:
                 self._derived(index)
         return name not in self.bad
@@ -126,6 +127,7 @@ class IndexInspection:
                 message = f"is in no commit record as shard, row, rows, crc {place}"
                 where = f"index {index.name}, video {key.decode()}"
                 self.problems.append(Problem(kind="video", where=where, message=message))
+                self.disputed.add(place[0])
 
     def _tables(self, index: StoreIndex) -> None:
         """Lengths, pointers, times and token ids of a snapshot; with `deep` every array's checksum."""
@@ -165,7 +167,8 @@ class IndexInspection:
             if not path.is_file() or path.read_bytes() != data:
                 self.derived[f"{base}/{name}"] = data
                 where = f"snapshot {index.name}, {name}"
-                self.problems.append(Problem(kind="metadata", where=where, message="is not what belongs there"))
+                wrong = "differs from snapshot.json" if name == SNAPSHOT_COPY else "is not what belongs there"
+                self.problems.append(Problem(kind="metadata", where=where, message=wrong))
 
     def _damaged_captions(self, index: StoreIndex) -> None:
         for video in range(index.num_videos):

@@ -285,8 +285,13 @@ def set_shard_count(meta: StoreMeta, shards: int) -> None:
 
 
 def scratch_name(stem: str) -> str:
-    """A name in `_staging` that nobody else uses."""
+    """A name that nobody else uses, in `_staging` for one."""
     return f"{stem}.{uuid.uuid4().hex}"
+
+
+def aside_key(name: str) -> str:
+    """A key in `_voided` that nobody else uses, for what a repair takes out."""
+    return f"{VOIDED}/{scratch_name(name)}"
 
 
 def _attributes_crc(store: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from feature_store.commit import committed_shards, iter_commits
 from feature_store.files import seal, unseal_as
 from feature_store.layout import (
+    COPY,
     FEATURES_JSON,
     PLANS,
     StoreMeta,
@@ -28,6 +29,7 @@ from vlm_dist.errors import StoreError, StoreUnreachableError
 MEAN_ROWS = 390
 MAX_VIDEOS = 168
 SHARDS_PER_WORKER = 4
+MAX_ID_BYTES = 1000  # three times as long, and in folders, as `store export` writes it, it is a path still
 _SEGMENT = re.compile(r"plan-(\d{3,})\.json")
 
 
@@ -55,6 +57,12 @@ class Segment:
     first_shard: int
     tasks: tuple[ShardTask, ...]
     duplicates: tuple[PlannedVideo, ...]
+    origin: str = ""  # `Provenance.digest` of the store; empty in old ones
+
+    @property
+    def end(self) -> int:
+        """The shard after its last one."""
+        return self.first_shard + len(self.tasks)
 
 
 def read_plan(meta: StoreMeta) -> list[Segment]:
@@ -70,7 +78,7 @@ def read_plan(meta: StoreMeta) -> list[Segment]:
                 f"the plan in {meta.place(PLANS)} has a gap before segment {segment.number} (shard {first_shard}): "
                 "a file is missing; run `vlm-dist store verify --repair` on the store"
             )
-        first_shard += len(segment.tasks)
+        first_shard = segment.end
     if last_committed >= first_shard:
         raise StoreError(
             f"the plan in {meta.place(PLANS)} ends at shard {first_shard}, and later ones are committed: "
@@ -99,7 +107,8 @@ def plan_videos(
         else the planned one: a corpus may move between two runs (while the planned file is there, it counts).
 
     Raises:
-        StoreError: the plan or a record is damaged, or a shard is published and its record is lost.
+        StoreError: the plan or a record is damaged, a shard is published and its record is lost, or a new id has more
+            than 1,000 bytes.
     """
     meta = open_store(root)
     published = meta.storage.sizes("features/c")  # before the records: what is published has had its record before
@@ -142,7 +151,7 @@ def planned_shards(meta: StoreMeta) -> int:
     if not numbers:
         return 0
     last = read_segment(meta, numbers[-1])
-    return last.first_shard + len(last.tasks)
+    return last.end
 
 
 def _require_records(meta: StoreMeta, tasks: Sequence[ShardTask], published: Collection[str]) -> None:
@@ -164,6 +173,11 @@ def _first_and_further(
     repeated: Counter[PlannedVideo] = Counter()
     for video in videos:
         clean = PlannedVideo(str(clean_text(video.video_id)), video.path)
+        if clean.video_id not in planned and len(clean.video_id.encode()) > MAX_ID_BYTES:
+            raise StoreError(
+                f"the video id {clean.video_id[:40]}… of {video.path[:200] or 'a video'} has "
+                f"{len(clean.video_id.encode()):,} bytes, and {MAX_ID_BYTES:,} are the most: give it a shorter one"
+            )
         if clean.video_id in given or is_another_file(clean.path, planned.get(clean.video_id, clean.path)):
             repeated[clean] += 1
         else:
@@ -235,13 +249,19 @@ def _group(meta: StoreMeta, videos: Sequence[PlannedVideo], workers: int, first:
 
 def create_segment(meta: StoreMeta, segment: Segment) -> bool:
     """Writes the plan file; whoever loses the race for the number must plan anew on what the winner wrote."""
+    return meta.storage.create(segment_key(segment.number), sealed_segment(meta, segment))
+
+
+def sealed_segment(meta: StoreMeta, segment: Segment) -> bytes:
+    """What is in a plan file."""
     body = {
         "segment": segment.number,
+        "origin": meta.provenance.digest,
         "first_shard": segment.first_shard,
         "shards": [[[video.video_id, video.path] for video in task.videos] for task in segment.tasks],
         "duplicates": [[video.video_id, video.path] for video in segment.duplicates],
     }
-    return meta.storage.create(segment_key(segment.number), seal(body))
+    return seal(body)
 
 
 def segment_key(number: int) -> str:
@@ -254,8 +274,24 @@ def _keys(numbers: Sequence[int]) -> list[str]:
 
 def segment_numbers(meta: StoreMeta) -> list[int]:
     """Numbers of the plan files."""
-    matches = (_SEGMENT.fullmatch(name) for name in meta.storage.names(PLANS))
-    return sorted(int(match[1]) for match in matches if match)
+    return _sorted_out(meta)[0]
+
+
+def stray_files(meta: StoreMeta) -> list[str]:
+    """Keys of what lies among the plan files and is none of them, whatever is in it; hidden names are passed over."""
+    return _sorted_out(meta)[1]
+
+
+def _sorted_out(meta: StoreMeta) -> tuple[list[int], list[str]]:
+    numbers: list[int] = []
+    strays: list[str] = []
+    for key in (f"{PLANS}/{name}" for name in meta.storage.names(PLANS) if name[0] != "."):
+        match = _SEGMENT.fullmatch(key.rpartition("/")[2])
+        if match and segment_key(int(match[1])) == key:
+            numbers.append(int(match[1]))
+        elif key != COPY:
+            strays.append(key)
+    return sorted(numbers), strays
 
 
 def read_segment(meta: StoreMeta, number: int) -> Segment:
@@ -268,6 +304,11 @@ def _parse(meta: StoreMeta, number: int, data: bytes) -> Segment:
     if segment.number != number:
         raise StoreError(
             f"{meta.place(segment_key(number))} is plan segment {segment.number}: a file was copied or renamed; "
+            "run `vlm-dist store verify --repair` on the store"
+        )
+    if segment.origin not in ("", meta.provenance.digest):
+        raise StoreError(
+            f"{meta.place(segment_key(number))} is of a store of another extractor: it was copied from there; "
             "run `vlm-dist store verify --repair` on the store"
         )
     return segment
@@ -283,7 +324,8 @@ def _segment(body: dict[str, Any]) -> Segment:
     tasks = (
         ShardTask(first + k, tuple(PlannedVideo(*video) for video in videos)) for k, videos in enumerate(body["shards"])
     )
-    return Segment(body["segment"], first, tuple(tasks), tuple(PlannedVideo(*video) for video in body["duplicates"]))
+    duplicates = tuple(PlannedVideo(*video) for video in body["duplicates"])
+    return Segment(body["segment"], first, tuple(tasks), duplicates, body.get("origin", ""))
 
 
 def fit_array(meta: StoreMeta) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from feature_store.files import seal, unseal_as
+from vlm_dist.errors import StoreError
 
 SNAPSHOT_JSON = "snapshot.json"  # the file that tells what the others of a snapshot are
 SNAPSHOT_COPY = "snapshot-copy.json"  # the same again: what was deleted and split is told nowhere else
@@ -43,13 +44,20 @@ class Location:
         """Reads it; None where the folder is plain, or not there.
 
         Raises:
-            StoreError: it is damaged.
+            StoreError: it is damaged, or another folder's.
         """
         key = cls.key(published)
         try:
-            return unseal_as("a snapshot's location", place.read(key), f"{place.address}/{key}", cls._parsed)
+            found = unseal_as("a snapshot's location", place.read(key), f"{place.address}/{key}", cls._parsed)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        # A folder that was put aside has something before its first name.
+        if not published.endswith(found.folder.rpartition("/")[2].partition(".")[0]):
+            raise StoreError(
+                f"{place.address}/{key} is that of {found.folder}: a file was copied or renamed; "
+                "run `vlm-dist store verify --repair` on the store"
+            )
+        return found
 
     @classmethod
     def _parsed(cls, body: dict[str, Any]) -> Self:

@@ -1,4 +1,4 @@
-"""Shard files whose commit record is damaged or lost → their record again, from a snapshot (index → commit record).
+"""Shard files whose commit record is not theirs, or lost → their record, from a snapshot (index → commit record).
 
 A snapshot says of every video in which rows of which shard it is, and their checksum: all that a reader needs. So a
 file that holds exactly that gets its record back. What no snapshot knows (failures, seconds that were decoded) is not
@@ -25,7 +25,7 @@ _ATTEMPT = "restored"  # no attempt has this name: nothing of it is staged
 def restore_records(
     meta: StoreMeta, sizes: Mapping[int, int], snapshots: Sequence[str], paths: Mapping[int, Mapping[str, str]]
 ) -> dict[int, tuple[Commit, str]]:
-    """Gives published shards without a readable record a new one, where a snapshot tells it all.
+    """Gives published shards without a record that fits a new one, where a snapshot tells it all.
 
     Args:
         meta: the store.
@@ -37,6 +37,7 @@ def restore_records(
         Of every shard that has its record again the record, and the snapshot that told it.
     """
     done: dict[int, tuple[Commit, str]] = {}
+    tried: set[tuple[int, tuple[VideoRecord, ...]]] = set()
     for name in reversed(snapshots):
         if done.keys() == sizes.keys():
             break
@@ -48,7 +49,10 @@ def restore_records(
         except StoreError:
             continue
         for shard in sorted(sizes.keys() - done.keys()):
-            records = _told(index, shard, paths.get(shard))
+            records = tuple(_told(index, shard, paths.get(shard)))
+            if (shard, records) in tried:
+                continue
+            tried.add((shard, records))
             if commit := _fitting(meta, shard, sizes[shard], records):
                 restore_record(meta, commit)
                 done[shard] = commit, name

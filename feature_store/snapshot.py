@@ -20,12 +20,12 @@ from feature_store.caption_table import CaptionTable, TableWriter, pack_ids
 from feature_store.commit import roll_all_forward
 from feature_store.draft import Captions, Draft, Marks, VideoColumns
 from feature_store.files import disk_guard, fsync_dir, seal, write_durable
-from feature_store.index import STATUS_OK, StoreIndex, current_line, snapshot_details, snapshot_key
+from feature_store.index import STATUS_OK, StoreIndex, current_line, snapshot_key
 from feature_store.layout import CURRENT, GROUP_JSON, SNAPSHOTS, VOIDED, StoreMeta, open_store, scratch_name
 from feature_store.leftovers import VOIDED_SNAPSHOT, sweep
-from feature_store.published import SNAPSHOT_COPY, SNAPSHOT_JSON, Location
+from feature_store.published import SNAPSHOT_COPY, SNAPSHOT_JSON
 from feature_store.storage import Root
-from vlm_dist.errors import StoreError, StoreUnreachableError
+from vlm_dist.errors import StoreError
 
 _SHARDING = {"shard", "row"}  # where rows lie does not change what they are: not in the fingerprint
 
@@ -100,7 +100,7 @@ def _publish(meta: StoreMeta, name: str, parent: str, draft: Draft) -> bool:
     staged = meta.storage.scratch(scratch_name("snapshot"))
     try:
         with disk_guard(staged, _size(draft)):
-            _write(meta, staged, parent, draft)
+            _write(meta, staged, name, parent, draft)
             return meta.storage.publish(staged, snapshot_key(name))
     except FileNotFoundError:
         if staged.exists():
@@ -174,36 +174,6 @@ def void_snapshot(meta: StoreMeta, name: str) -> None:
     meta.storage.move(snapshot_key(name), f"{VOIDED}/{VOIDED_SNAPSHOT}{name}")
 
 
-def recover_snapshots(meta: StoreMeta) -> list[str]:
-    """Makes a lost or damaged snapshot.json anew from its second copy, where a snapshot has one; what was done."""
-    done: list[str] = []
-    for name in snapshot_names(meta):
-        try:
-            location = Location.of(meta.storage, snapshot_key(name))
-        except StoreUnreachableError:
-            raise
-        except StoreError:  # where its files are is lost
-            continue
-        folder = location.folder if location else snapshot_key(name)
-        key = f"{folder}/{SNAPSHOT_JSON}"
-        if not _sound(meta, key) and (copy := _sound(meta, f"{folder}/{SNAPSHOT_COPY}")):
-            meta.storage.replace(key, copy)
-            done.append(f"made {key} anew from its second copy")
-    return done
-
-
-def _sound(meta: StoreMeta, key: str) -> bytes:
-    """A snapshot.json, or its copy, as it is; empty where it is damaged or lost."""
-    try:
-        data = meta.storage.read(key)
-        snapshot_details(data, key)
-    except StoreUnreachableError:
-        raise
-    except (StoreError, FileNotFoundError):
-        return b""
-    return data
-
-
 def snapshot_videos(index: StoreIndex) -> VideoColumns:
     """The videos of a snapshot."""
     return VideoColumns(
@@ -227,7 +197,7 @@ def snapshot_marks(index: StoreIndex | None) -> Marks:
     return Marks(index.deleted(), {name: index.split_ids(name) for name in index.splits})
 
 
-def _write(meta: StoreMeta, folder: Path, parent: str, draft: Draft) -> None:
+def _write(meta: StoreMeta, folder: Path, name: str, parent: str, draft: Draft) -> None:
     """Writes a whole snapshot, durably, into a folder of its own."""
     videos, captions = draft.videos, draft.captions
     (folder / "pending").mkdir()
@@ -250,8 +220,8 @@ def _write(meta: StoreMeta, folder: Path, parent: str, draft: Draft) -> None:
             )
         writer.append(kept)
     arrays = writer.finish() | _write_ids(folder, videos.ids)
-    for name, column in (("shard", videos.shard), ("row", videos.row), ("n_rows", videos.n_rows)):
-        arrays[name] = write_column(folder, name, column)
+    for array, column in (("shard", videos.shard), ("row", videos.row), ("n_rows", videos.n_rows)):
+        arrays[array] = write_column(folder, array, column)
     arrays["crc32c"] = write_column(folder, "crc32c", videos.crc32c)
     arrays["status"] = write_column(folder, "status", np.full(len(videos.ids), STATUS_OK, np.uint8))
 
@@ -269,7 +239,7 @@ def _write(meta: StoreMeta, folder: Path, parent: str, draft: Draft) -> None:
         (folder / "pending").rmdir()
 
     deleted = _write_marks(folder, "deleted", draft.marks.deleted) if draft.marks.deleted else {}
-    splits = {name: _write_marks(folder, f"splits/{name}", ids) for name, ids in draft.marks.splits.items()}
+    splits = {split: _write_marks(folder, f"splits/{split}", ids) for split, ids in draft.marks.splits.items()}
 
     details = dict(captions.details)
     files: dict[str, int | None] = {SNAPSHOT_COPY: None}
@@ -279,8 +249,9 @@ def _write(meta: StoreMeta, folder: Path, parent: str, draft: Draft) -> None:
             write_durable(path, path.read_bytes())
             files[f"tokenizer/{path.name}"] = path.stat().st_size
         fsync_dir(folder / "tokenizer")
-        details |= {name: details.get(name, 0) + counts[name] for name in ("outside", "clipped")}
+        details |= {what: details.get(what, 0) + counts[what] for what in ("outside", "clipped")}
     body = {
+        "name": name,
         "parent": parent or None,
         "arrays": arrays,
         "pending": pending,
@@ -291,8 +262,8 @@ def _write(meta: StoreMeta, folder: Path, parent: str, draft: Draft) -> None:
         "files": files,
         "fingerprint": _fingerprint(meta, arrays, details.get("tokenizer_sha256", "")),
     }
-    for name in (SNAPSHOT_COPY, SNAPSHOT_JSON):
-        write_durable(folder / name, seal(body))
+    for file in (SNAPSHOT_COPY, SNAPSHOT_JSON):
+        write_durable(folder / file, seal(body))
     fsync_dir(folder)
 
 

@@ -1,6 +1,7 @@
 """Does a snapshot have all its files (index → its problems), and those that follow from others, as they must be?"""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ class ToldFiles(NamedTuple):
     """What only the snapshot itself tells."""
     derived: dict[str, int | None]
     """What follows from that, if the store has it as it was written here: see `derived_files`."""
+    copy_differs: bool = False
+    """Whether the second copy of snapshot.json is there, and says something else."""
 
 
 def wrong_file(meta: StoreMeta, told: Mapping[str, int | None], sizes: Mapping[str, int]) -> str:
@@ -50,7 +53,7 @@ def told_files(meta: StoreMeta, name: str) -> ToldFiles:
         return ToldFiles({f"{location.folder}/{file}": size for file, (size, _) in location.files.items()}, {})
     key = f"{folder}/{SNAPSHOT_JSON}"
     data = meta.storage.read(key)
-    details = snapshot_details(data, meta.place(key))
+    details = snapshot_details(data, meta.place(key), name)
     columns = {
         "/".join(filter(None, (folder, group, column_key(array)))): size
         for group, arrays in array_groups(details).items()
@@ -58,7 +61,12 @@ def told_files(meta: StoreMeta, name: str) -> ToldFiles:
         if (size := column_bytes(info))
     }
     derived = details["files"] | {name: len(content) for name, content in _metadata(details, data).items()}
-    return ToldFiles({key: len(data), **columns}, {f"{folder}/{file}": size for file, size in derived.items()})
+    copied = data
+    if SNAPSHOT_COPY in details["files"]:
+        with suppress(FileNotFoundError):
+            copied = meta.storage.read(f"{folder}/{SNAPSHOT_COPY}")
+    others = {f"{folder}/{file}": size for file, size in derived.items()}
+    return ToldFiles({key: len(data), **columns}, others, copied != data)
 
 
 def _metadata(details: dict[str, Any], data: bytes) -> dict[str, bytes]:

@@ -34,7 +34,7 @@ class SnapshotParts:
         path = folder / SNAPSHOT_JSON
         self.name = name
         self.folder = folder
-        self.details = snapshot_details(read_file(path), path)
+        self.details = snapshot_details(read_file(path), path, name)
         self._groups = array_groups(self.details)
 
     @property
@@ -106,12 +106,7 @@ class SnapshotParts:
         return None
 
     def _sound(self, part: str, name: str) -> bool:
-        try:
-            return check_column(self.folder / part, name, self._groups[part][name])
-        except StoreUnreachableError:
-            raise
-        except StoreError:  # another size
-            return False
+        return is_sound(self.folder / part, name, self._groups[part][name])
 
     def _column(self, part: str, name: str) -> np.ndarray:
         """A column, as far as it is there; the checksum of each video tells what of it can be used."""
@@ -126,10 +121,20 @@ class SnapshotParts:
             return np.frombuffer(data.ljust(size, b"\0"), np.dtype(info["dtype"]).newbyteorder("<"))
 
 
+def is_sound(folder: Path, name: str, info: ArrayInfo) -> bool:
+    """Whether a column is there as its checksum says."""
+    try:
+        return check_column(folder, name, info)
+    except StoreUnreachableError:
+        raise
+    except StoreError:  # another size
+        return False
+
+
 @contextmanager
 def opened_parts(meta: StoreMeta, name: str) -> Generator[SnapshotParts | None]:
     """A snapshot of the store for the block, whatever its bytes are; None where its snapshot.json cannot be read."""
-    with _as_it_is(meta, snapshot_key(name)) as folder:
+    with as_it_is(meta, snapshot_key(name)) as folder:
         try:
             parts = SnapshotParts(name, folder) if folder else None
         except (StoreError, FileNotFoundError):
@@ -138,8 +143,11 @@ def opened_parts(meta: StoreMeta, name: str) -> Generator[SnapshotParts | None]:
 
 
 @contextmanager
-def _as_it_is(meta: StoreMeta, key: str) -> Generator[Path | None]:
-    """A published folder as a local one, also one that lost files or has wrong bytes, which `copied` refuses."""
+def as_it_is(meta: StoreMeta, key: str) -> Generator[Path | None]:
+    """A published folder as a local one, also one that lost files or has wrong bytes, which `copied` refuses.
+
+    None where its LOCATION is damaged.
+    """
     storage = meta.storage
     try:
         location = Location.of(storage, key)

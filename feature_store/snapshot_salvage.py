@@ -54,7 +54,7 @@ def salvage_snapshot(meta: StoreMeta, bad: Sequence[str]) -> tuple[str, list[str
             if parts := stack.enter_context(opened_parts(meta, name)):
                 sources.append(parts)
             elif not sources:
-                done.append(_all_lost(name, "snapshot.json"))
+                done.append(_all_lost(name, "snapshot.json or LOCATION"))
             if name not in bad:
                 break
         if not sources or sources[0].name not in bad:

@@ -5,18 +5,16 @@ folder for one caller only, and a local folder to build in. Everything above spe
 knows no file system and no bucket.
 """
 
-import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from feature_store.config import ADDRESS
 from feature_store.local_storage import LocalStorage
 from feature_store.node_scratch import temporary_folder
 from feature_store.published import Tree
 from vlm_dist.errors import ConfigError
-
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
 
 Root = str | Path
 
@@ -132,7 +130,7 @@ def open_storage(root: Root) -> Storage:
         from feature_store.s3_storage import S3Storage  # its client takes a while to import
 
         return S3Storage(text)
-    if _ADDRESS.match(text):
+    if ADDRESS.match(text):
         raise ConfigError(f"{text}: a store lies in a folder or at s3://bucket/prefix")
     return LocalStorage(Path(root))
 

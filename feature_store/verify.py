@@ -19,11 +19,18 @@ from feature_store.layout import (
     wrong_metadata,
 )
 from feature_store.plan import array_fits, planned_shards
-from feature_store.plan_repair import missing_segments, planned_paths, rebuild_segments, restore_segments
+from feature_store.plan_repair import (
+    missing_segments,
+    planned_paths,
+    rebuild_segments,
+    restore_segments,
+    retire_misplaced,
+)
 from feature_store.problem import Problem
 from feature_store.restore import restore_records
 from feature_store.salvage import salvage_shard, settled_elsewhere
-from feature_store.snapshot import finalise, recover_snapshots, snapshot_names, void_snapshot
+from feature_store.snapshot import finalise, snapshot_names, void_snapshot
+from feature_store.snapshot_json import recover_snapshots
 from feature_store.snapshot_salvage import salvage_snapshot
 from feature_store.storage import Root
 
@@ -66,7 +73,7 @@ def verify_store(root: Root, deep: bool = False, repair: bool = False, writers_g
     with at_work(meta, REPAIR) as note:
         _require_no_writers(meta, note, writers_gone)
         repaired = ["made zarr.json anew from the store's second copy"] if recovered else []
-        repaired += [*restore_segments(meta), *recover_snapshots(meta)]
+        repaired += [*restore_segments(meta)[1], *recover_snapshots(meta)]
         inspection = Inspection(meta, deep, fresh=True)
         inspection.run()
         left = [name for name in meta.storage.names(SCRATCH) if name != note]  # before the look at who is writing
@@ -107,22 +114,26 @@ def repair_store(inspection: Inspection, left: Sequence[str]) -> list[str]:
         left: names in `_staging` of what nobody is at work on.
     """
     meta = inspection.meta
-    without = _without_record(inspection)
-    paths = planned_paths(meta, {*inspection.bad_shards, *without})
+    back, done = restore_segments(meta, inspection.bad_segments) if inspection.bad_segments else ([], [])
+    without = _doubtful(inspection)
+    bad_segments = {*inspection.bad_segments, *missing_segments(meta)}.difference(back)
+    paths = planned_paths(meta, {*inspection.bad_shards, *without}, bad_segments)
     good = [name for name in snapshot_names(meta) if name not in inspection.bad_snapshots]
     restored = restore_records(meta, without, good if without else [], paths)
-    done = [_restored_line(commit, name, paths) for commit, name in restored.values()]
+    done += [_restored_line(commit, name, paths) for commit, name in restored.values()]
     for key in inspection.orphans:
         if key not in map(shard_key, restored):
             void_orphan(meta, key)
             done.append(
                 f"took out {meta.place(key)}, which no commit record names: extract again to make its videos anew"
             )
-    bad_segments = [*inspection.bad_segments, *missing_segments(meta)]
+    if inspection.lost_segment is not None:
+        done.append(f"plan segment {inspection.lost_segment} is lost: give the videos to extract again")
+    bad_segments = {*inspection.bad_segments, *missing_segments(meta)}.difference(back)  # records of orphans are new
     if bad_segments:  # before shards are voided: it is their records that say what was planned
         ids = {shard: inspection.ids.get(shard, []) for shard in committed_shards(meta)}
         ids |= {shard: [record.video_id for record in commit.videos] for shard, (commit, _) in restored.items()}
-        done.extend(rebuild_segments(meta, bad_segments, ids))
+        done.extend(rebuild_segments(meta, sorted(bad_segments), ids, inspection.uncommitted))
     done.extend(_take_out(inspection, [shard for shard in inspection.bad_shards if shard not in restored], paths))
     done.extend(f"published shard {commit.shard}" for commit, now in roll_all_forward(meta) if now)
     salvaged, lines = salvage_snapshot(meta, inspection.bad_snapshots)  # a kill before they are taken out loses nothing
@@ -137,6 +148,7 @@ def repair_store(inspection: Inspection, left: Sequence[str]) -> list[str]:
     for name in left:
         meta.storage.remove(f"{SCRATCH}/{name}")
         done.append(f"removed unfinished {name}")
+    retire_misplaced(meta)
     if bad_segments or not array_fits(meta, planned_shards(meta)):
         set_shard_count(meta, planned_shards(meta))
         done.append("wrote features/zarr.json anew")
@@ -154,10 +166,10 @@ def repair_store(inspection: Inspection, left: Sequence[str]) -> list[str]:
     return done
 
 
-def _without_record(inspection: Inspection) -> dict[int, int]:
-    """Shards that are published and whose record is damaged or lost, with the bytes of their files."""
+def _doubtful(inspection: Inspection) -> dict[int, int]:
+    """Shards that are published and whose record is damaged, lost or not that of the file, with the file's bytes."""
     orphans = {shard_key(int(number)) for key in inspection.orphans if (number := key.split("/")[2]).isdigit()}
-    keys = {*map(shard_key, inspection.bad_records), *orphans.intersection(inspection.orphans)}
+    keys = {*map(shard_key, [*inspection.bad_records, *inspection.damaged]), *orphans.intersection(inspection.orphans)}
     return {int(key.split("/")[2]): size for key, size in inspection.published.items() if key in keys}
 
 

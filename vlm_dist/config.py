@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from cluster.config import ClusterConfig
-from feature_store.config import CaptionConfig, ExtractConfig, StoreConfig
+from feature_store.config import ADDRESS, CaptionConfig, ExtractConfig, StoreConfig
 from vlm_dist.data.config import ClipConfig, MaskConfig, SplitConfig
 from vlm_dist.errors import ConfigError
 from vlm_dist.model.config import ModelConfig
@@ -28,7 +28,6 @@ from vlm_dist.train.config import FinetuneConfig, TrainConfig
 FILE = "vlm-dist.toml"
 ENV_PREFIX = "VLM_DIST_"
 # A path is resolved against the folder of what it was written in; a name may also be a path, when it is there.
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/([^/].*)")  # one slash is what a Path of the command line leaves of two
 _PATHS = {"store", "runs", "captions_file", "extract.weights", "split.exclude", "data.*.data", "data.*.store"}
 _NAMES_OR_PATHS = {"init", "captions.tokenizer"}
 
@@ -225,7 +224,7 @@ def _resolve(key: str, value: Any, base: Path) -> Any:
         return tuple(_resolve(key, part, base) for part in value)  # type: ignore[reportUnknownVariableType]
     if not isinstance(value, str) or not value or "://" in value:
         return value
-    if address := _ADDRESS.fullmatch(value):
+    if address := ADDRESS.fullmatch(value):
         return f"{address[1]}://{address[2]}"
     path = Path(os.path.abspath(base / Path(value).expanduser()))
     is_path = pattern(key) in _PATHS or (

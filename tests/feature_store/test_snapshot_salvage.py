@@ -16,8 +16,9 @@ from feature_store.layout import open_store
 from feature_store.marks import delete_videos, name_split
 from feature_store.prune import prune_store
 from feature_store.snapshot import finalise, snapshot_names
+from feature_store.storage import open_storage
 from feature_store.verify import VerifyReport, verify_store
-from tests.feature_store.store_tools import features, flip_bit, make_store, write_shards
+from tests.feature_store.store_tools import change, features, flip_bit, make_store, write_shards
 from vlm_dist.errors import StoreError
 
 IDS = [f"v{number}" for number in range(6)]
@@ -280,7 +281,7 @@ def test_a_damaged_snapshot_json_loses_what_it_told(store: str) -> None:
     for file in ("snapshot.json", "snapshot-copy.json"):
         flip_bit(Path(store, "index", name, file), 99)
     report = repaired(store)
-    assert lost(report) == ["what was deleted, split and said in it (snapshot.json)"]
+    assert lost(report) == ["what was deleted, split and said in it (snapshot.json or LOCATION)"]
     assert "captions are those of snapshot 000005" in report.repaired
     assert said(store)[0] == []
 
@@ -342,3 +343,106 @@ def test_prune_keeps_the_older_ones_where_the_newest_is_damaged(store: str) -> N
         assert snapshot_names(open_store(store)) == names
         path.write_bytes(data)
     assert prune_store(store, keep=2).snapshots == names[:-2]
+
+
+def test_the_snapshot_json_of_another_snapshot(store: str) -> None:
+    """It is whole, and lies under a name that is not its own: the copy beside it counts, and is not written over."""
+    before, names = said(store), snapshot_names(open_store(store))
+    folder = Path(store, "index", names[-1])
+    whole = (folder / "snapshot.json").read_bytes()
+    shutil.copy(Path(store, "index", names[-2], "snapshot.json"), folder / "snapshot.json")
+    with pytest.raises(StoreError, match=f"snapshot.json is that of snapshot {names[-2]}: a file was copied"):
+        StoreIndex(store)
+    assert [problem.where for problem in verify_store(store).problems] == [f"snapshot {names[-1]}"]
+    report = verify_store(store, repair=True)
+    assert report.problems == []
+    assert report.repaired == [f"made index/{names[-1]}/snapshot.json anew from its second copy"]
+    assert [(folder / file).read_bytes() for file in ("snapshot.json", "snapshot-copy.json")] == [whole, whole]
+    assert said(store) == before
+
+
+def nameless(folder: Path) -> bytes:
+    """Makes a snapshot one of before it told its name."""
+    body = unseal((folder / "snapshot.json").read_bytes(), "")
+    del body["name"]
+    for file in ("snapshot.json", "snapshot-copy.json"):
+        (folder / file).write_bytes(seal(body))
+    return seal(body)
+
+
+@pytest.mark.parametrize("file", ["snapshot.json", "snapshot-copy.json"])
+@pytest.mark.parametrize("other", [-1, 1])
+def test_of_a_snapshot_without_its_name_the_arrays_decide(store: str, file: str, other: int) -> None:
+    """The other one has a split less, or the deletion more; all arrays that it tells are there as it tells them."""
+    names = snapshot_names(open_store(store))
+    name = names[-1 if other < 0 else -2]
+    for each in names:
+        nameless(Path(store, "index", each))
+    before, folder = said(store), Path(store, "index", name)
+    whole = (folder / file).read_bytes()
+    shutil.copy(Path(store, "index", names[names.index(name) + other], "snapshot.json"), folder / file)
+    assert verify_store(store).problems
+    report = verify_store(store, repair=True)
+    assert report.problems == []
+    assert snapshot_names(open_store(store)) == names
+    assert [(folder / each).read_bytes() for each in ("snapshot.json", "snapshot-copy.json")] == [whole, whole]
+    assert said(store) == before
+    assert verify_store(store, deep=True, repair=True).repaired == []
+
+
+def test_nothing_is_written_on_a_snapshot_json_that_its_copy_contradicts(store: str) -> None:
+    """All arrays are as it says, and of the newest split it says nothing."""
+    name_split(store, "more", ["v1"])
+    old, new = (Path(store, "index", name) for name in snapshot_names(open_store(store))[-2:])
+    before = said(store)
+    for folder in (old, new):
+        nameless(folder)
+    shutil.copy(old / "snapshot.json", new / "snapshot.json")
+    with pytest.raises(StoreError, match=r"snapshot\.json and snapshot-copy\.json beside it differ"):
+        name_split(store, "again", ["v2"])
+    assert verify_store(store, repair=True).problems == []
+    assert said(store) == before
+
+
+@pytest.mark.parametrize("damage", ["lost", *(pytest.param(how, marks=pytest.mark.slow) for how in ("cut", "another"))])
+def test_a_location_is_made_anew(bucket: str, damage: str) -> None:
+    root = make_store(f"{bucket}/store", {key: CORPUS[key] for key in IDS[:2]})
+    name_split(root, "tr", ["v0"])
+    delete_videos(root, ["v1"])
+    storage, before, names = open_storage(root), said(root), snapshot_names(open_store(root))
+    key = f"index/{names[-1]}/LOCATION"
+    whole = unseal(storage.read(key), "")
+    if damage == "lost":
+        storage.remove(key)
+    elif damage == "cut":
+        change(root, key, lambda data: data[:-1])
+    else:
+        storage.replace(key, storage.read(f"index/{names[-2]}/LOCATION"))
+    with pytest.raises(StoreError, match="verify --repair"):
+        StoreIndex(root)
+    assert verify_store(root).problems
+    report = verify_store(root, repair=True)
+    assert report.problems == []
+    assert report.repaired == [f"made {key} anew from the objects that it names"]
+    assert unseal(storage.read(key), "") == whole
+    assert said(root) == before
+    assert snapshot_names(open_store(root)) == names
+
+
+@pytest.mark.slow
+def test_the_snapshot_json_of_another_snapshot_in_a_bucket(bucket: str) -> None:
+    """There, its LOCATION has the checksums of both."""
+    root = make_store(f"{bucket}/store", {key: CORPUS[key] for key in IDS[:2]})
+    name_split(root, "tr", ["v0"])
+    delete_videos(root, ["v1"])
+    storage, before, names = open_storage(root), said(root), snapshot_names(open_store(root))
+    told = {key: storage.read(key) for key in storage.sizes("index") if key.endswith(("snapshot.json", "-copy.json"))}
+    other = next(data for key, data in told.items() if key.startswith(f"index/{names[-2]}"))
+    for key, whole in told.items():
+        if key.startswith(f"index/{names[-1]}"):
+            storage.replace(key, other)
+            assert verify_store(root, deep=True).problems
+            report = verify_store(root, repair=True)
+            assert (report.problems, len(report.repaired)) == ([], 1)
+            assert (storage.read(key), said(root)) == (whole, before)
+            assert verify_store(root, deep=True, repair=True).repaired == []

@@ -48,7 +48,7 @@ SURFACE = {
     "store split": [*COMMON, "--json", "--remove", "--store", "--videos", "ids", "name"],
     "store show": [*COMMON, "--json", "--store", "video"],
     "store prune": [*COMMON, "--dry-run", "--json", "--keep", "--voided", "store"],
-    "store migrate": [*COMMON, "store"],
+    "store migrate": [*COMMON, "--json", "store"],
     "store export": ["--json", "--npy", "--parquet", "folder", "store"],
     "pretrain": [
         *COMMON, "--gpus", "--init", "--json", "--max-steps", "--new", "--nodes", "--store", "--workers",

@@ -141,6 +141,7 @@ def test_an_older_store_is_brought_up(here: Path, typed: Callable[..., str]) -> 
     assert "vlm-dist store migrate" in typed("store", "info", code=1)
     assert "went from schema version 1 to 2" in typed("store", "migrate")
     assert "already" in typed("store", "migrate")
+    assert json.loads(typed("store", "migrate", "--json")) == {"left_behind": [], "schema_version": 2}
     typed("store", "verify")
 
 

@@ -134,6 +134,7 @@ def migrate(
     store: Annotated[Path | None, typer.Argument(metavar="STORE", help="Feature store of an older schema.")] = None,
     workspace: Workspace = HERE,
     overrides: Overrides = None,
+    as_json: Json = False,
 ) -> None:
     """Bring a store of an older schema to this version's; no feature is touched.
 
@@ -143,9 +144,13 @@ def migrate(
     """
     from feature_store.layout import SCHEMA_VERSION
     from feature_store.migrate import migrate_store
+    from vlm_dist.cli.output import print_json
 
     root = store_address(store, workspace, overrides)
     done = migrate_store(root)
+    if as_json:
+        print_json({"left_behind": done, "schema_version": SCHEMA_VERSION})
+        return
     told = (
         f"went from schema version {done[0]} to {SCHEMA_VERSION}"
         if done
