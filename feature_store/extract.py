@@ -1,7 +1,8 @@
 """A corpus of videos → a feature store, on every CPU or GPU of a Ray cluster, or in this process (videos → features).
 
-The driver plans shards and hands each to an idle worker; features go from worker to disk and never through the driver.
-The store's commits make every shard count exactly once, so the same command can be killed and run again at any moment.
+The driver plans shards and hands each to a worker that has decoders free; features go from worker to disk and never
+through the driver. The store's commits make every shard count exactly once, so the same command can be killed and run
+again at any moment.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -16,14 +17,14 @@ import ray
 
 from feature_store.at_work import at_work
 from feature_store.config import ExtractConfig
-from feature_store.dispatch import Dispatch
+from feature_store.dispatch import SHARDS_AT_ONCE, Dispatch
 from feature_store.encoder import prepare_encoder
 from feature_store.extract_worker import RemoteShardWorker, ShardWorker
 from feature_store.layout import open_store
 from feature_store.plan import PlannedVideo, ShardTask, plan_videos
 from feature_store.snapshot import finalise
 from feature_store.storage import Root
-from feature_store.tally import Sign, Tally
+from feature_store.tally import Tally, Work
 from feature_store.worker_share import WorkerShare, alive_nodes, worker_share, workers_on
 
 
@@ -167,8 +168,9 @@ class _OnRay:
         actor: Any = ray.remote(num_cpus=share.cpus, num_gpus=cfg.gpus_per_worker)(RemoteShardWorker)
         weights = ray.put(state)
         start = partial(
-            actor.remote, store, cfg, weights, share.threads, decoders=share.decoders, chunk_seconds=share.chunk_seconds
-        )
+            actor.options(max_concurrency=SHARDS_AT_ONCE).remote, store, cfg, weights, share.threads,
+            decoders=share.decoders, chunk_seconds=share.chunk_seconds,
+        )  # fmt: skip
 
         def room() -> int:
             here = sum(workers_on(node, cfg) for node in alive_nodes())
@@ -188,7 +190,9 @@ class _OnRay:
 
     def progress(self, elapsed_s: float) -> ExtractProgress:
         it = self._dispatch
-        return _progress(it.so_far, it.videos, it.shards, it.shards_done, elapsed_s, it.deaths, it.ready_workers)
+        return _progress(
+            it.tally, it.work, it.videos, it.shards, it.shards_done, elapsed_s, it.deaths, it.ready_workers
+        )
 
 
 class _Here:
@@ -202,16 +206,16 @@ class _Here:
 
         self._worker = ShardWorker(store, cfg, state, 1 if cfg.deterministic else torch.get_num_threads())
         self._worker.ready()
-        self._done = Sign(Tally())
+        self._tally, self._work = Tally(), Work()
         self._videos = self._shards = self._shards_done = 0
 
     def work(self, tasks: Sequence[ShardTask]) -> None:
         self._videos += sum(len(task.videos) for task in tasks)
         self._shards += len(tasks)
         for task in tasks:
-            before = self._done
+            before = self._tally
             for sign in self._worker.extract(task):
-                self._done = before.plus(sign)
+                self._tally, self._work = before.plus(sign.tally), sign.work
                 self.on_progress()
             self._shards_done += 1
         self.on_progress()
@@ -220,12 +224,12 @@ class _Here:
         self._worker.close()
 
     def progress(self, elapsed_s: float) -> ExtractProgress:
-        return _progress(self._done, self._videos, self._shards, self._shards_done, elapsed_s, 0, 1)
+        return _progress(self._tally, self._work, self._videos, self._shards, self._shards_done, elapsed_s, 0, 1)
 
 
 def _progress(
-    sign: Sign, videos: int, shards: int, shards_done: int, elapsed_s: float, deaths: int, workers: int
+    tally: Tally, work: Work, videos: int, shards: int, shards_done: int, elapsed_s: float, deaths: int, workers: int
 ) -> ExtractProgress:
-    waiting = sign.waiting_s / max(sign.waiting_s + sign.working_s, 1e-9)
-    once = videos - sign.tally.reasons.get("overflow", 0)  # they are in two shards
-    return ExtractProgress(once, sign.tally, shards, shards_done, elapsed_s, deaths, waiting, sign.encoded_s, workers)
+    waiting = work.waiting_s / max(work.waiting_s + work.working_s, 1e-9)
+    once = videos - tally.reasons.get("overflow", 0)  # they are in two shards
+    return ExtractProgress(once, tally, shards, shards_done, elapsed_s, deaths, waiting, work.encoded_s, workers)

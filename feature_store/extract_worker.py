@@ -7,11 +7,14 @@ others). A broken video becomes a record with its reason and the shard goes on.
 # pyright: reportUnknownMemberType=false
 import math
 import os
+import queue
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ from feature_store.s3d import S3D
 from feature_store.shared_encoder import SharedEncoder
 from feature_store.spool import Spool
 from feature_store.storage import Root
-from feature_store.tally import Sign, Tally, tally_of
+from feature_store.tally import Sign, Tally, Work, tally_of
 from feature_store.writer import ShardAttempt, shard_done
 from vlm_dist.errors import ExtractionError
 
@@ -51,7 +54,7 @@ class _Stopped(Exception):
 
 
 class ShardWorker:
-    """Holds the encoder and extracts one shard after another.
+    """Holds the encoder and extracts shards; the next begins while the last videos of others are in work.
 
     Args:
         root: The store.
@@ -89,13 +92,12 @@ class ShardWorker:
         self._pool = DecodePool(decoders, cfg.decode, chunk_seconds or cfg.chunk) if decoders else None
         self._patience_s = cfg.decode.timeout_s + HANG_GRACE_S
         self._spool = Spool(self.meta, cfg)
+        # The videos in work at once are the worker's, whichever shards they are of: a shard's begin in the order given.
+        self._threads = ThreadPoolExecutor(self._pool.size if self._pool else 1, thread_name_prefix="video")
 
     @torch.inference_mode()
-    def ready(self) -> str:
+    def ready(self) -> None:
         """Encode a black picture: an encoder that does not run here must stop the work, not fail every video.
-
-        Returns:
-            The Ray node that it runs on ("" without Ray).
 
         Raises:
             ExtractionError: it gives no finite numbers.
@@ -108,13 +110,19 @@ class ShardWorker:
             raise ExtractionError(
                 "the encoder gives no finite numbers even for a black picture: its weights are damaged"
             )
-        return ray.get_runtime_context().get_node_id() if self._pool else ""
+        self._shared.start_clock()
 
-    def extract(self, task: ShardTask) -> Iterator[Sign]:
+    def extract(
+        self, task: ShardTask, careful: bool = False, given_up: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[Sign]:
         """Extract and commit one shard; of a shard that is committed already, only the tally.
+
+        Several threads may each be at a shard; the videos of the later one begin when all of the earlier one have.
 
         Args:
             task: The shard's videos.
+            careful: One video at a time, each told before it begins: one of them may be the end of this process.
+            given_up: Why videos are not to be tried any more, by id.
 
         Yields:
             Signs of life, every few seconds; the last one once the shard is committed.
@@ -122,51 +130,86 @@ class ShardWorker:
         Raises:
             StoreError: the disk is full, or the store is damaged.
         """
-        self._shared.start_clock()
         if shard_done(self.meta.root, task.shard):  # by a worker that died, or was thought dead, before it could tell
             yield self._sign(self._committed(task.shard))
             return
         with ShardAttempt(self.meta.root, task.shard) as attempt:
             rows = _InOrder(attempt)
-            yield from self._videos(task, rows)
+            if careful:
+                yield from self._one_by_one(task, rows, given_up)
+            else:
+                yield from self._videos(task, self._order(task), rows, given_up)
             won = attempt.commit()
         self._spool.drop(rows.spooled)
         yield self._sign(rows.tally if won else self._committed(task.shard))
 
     def _sign(self, tally: Tally) -> Sign:
         shared = self._shared
-        return Sign(tally, shared.encoded, shared.waiting_s, shared.working_s)
+        return Sign(tally, Work(shared.encoded, shared.waiting_s, shared.working_s))
 
     def close(self) -> None:
-        """End the encoder's thread; extracts no more."""
+        """End its threads; extracts no more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._shared.close()
 
     def _committed(self, shard: int) -> Tally:
         return tally_of(read_commit(self.meta, shard).videos)
 
-    def _videos(self, task: ShardTask, rows: "_InOrder") -> Iterator[Sign]:
-        """Every video of the shard, some at a time; the first error that is not a video's own ends it."""
-        at_once = self._pool.size if self._pool else 1
+    def _order(self, task: ShardTask) -> Sequence[int]:
         # One that then finds no room was encoded in vain: that pays only where the network waits for decoders.
-        order = largest_first(task) if self.cfg.gpus_per_worker > 0 else range(len(task.videos))
-        signed = time.monotonic()
-        with ThreadPoolExecutor(at_once, thread_name_prefix="video") as threads:
-            working = {threads.submit(self._video, k, task.videos[k], rows) for k in order}
-            try:
-                while working:
-                    done, working = wait(working, timeout=_SIGN_S, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        future.result()
-                    now = time.monotonic()
-                    # Who hears nothing for long ends this process: a video may wait for a disk that does not answer.
-                    if now - signed >= _SIGN_S and now - rows.moved < self._patience_s:
-                        signed = now
-                        yield self._sign(rows.tally)
-            finally:
-                rows.stopped.set()
-                threads.shutdown(wait=False, cancel_futures=True)
+        return largest_first(task) if self.cfg.gpus_per_worker > 0 else range(len(task.videos))
 
-    def _video(self, place: int, video: PlannedVideo, rows: "_InOrder") -> None:
+    def _one_by_one(self, task: ShardTask, rows: "_InOrder", given_up: Mapping[str, str]) -> Iterator[Sign]:
+        for place, video in enumerate(task.videos):
+            alone = "" if video.video_id in given_up else video.video_id
+            yield self._sign(rows.tally)._replace(alone=alone)
+            for sign in self._videos(task, (place,), rows, given_up):
+                yield sign._replace(alone=alone)
+        yield self._sign(rows.tally)  # if it dies while it commits, no video is to blame
+
+    def _videos(
+        self, task: ShardTask, places: Sequence[int], rows: "_InOrder", given_up: Mapping[str, str]
+    ) -> Iterator[Sign]:
+        """Some of the shard's videos, several at a time; the first error that is not a video's own ends it."""
+        events: queue.SimpleQueue[Future[None] | None] = queue.SimpleQueue()
+        rows.waiting = len(places)
+
+        def video(place: int) -> None:
+            with rows.in_work():
+                if not rows.waiting:  # perhaps told by two, who began at once
+                    events.put(None)
+                self._video(place, task.videos[place], rows, given_up)
+
+        futures = [self._threads.submit(video, place) for place in places]
+        for future in futures:
+            future.add_done_callback(events.put)
+        left, all_begun, signed = len(places), False, time.monotonic()
+        try:
+            while left:
+                due = False
+                with suppress(queue.Empty):
+                    if done := events.get(timeout=_SIGN_S):
+                        left -= 1
+                        done.result()
+                    else:
+                        due = all_begun = True
+                now = time.monotonic()
+                # Who hears nothing for long ends this process: a video may wait for a disk that does not answer.
+                if due or (now - signed >= _SIGN_S and not rows.stuck(now, self._patience_s)):
+                    signed = now
+                    yield self._sign(rows.tally)._replace(all_begun=all_begun)
+        except BaseException:  # also where nobody listens any more
+            rows.stopped.set()
+            for future in futures:
+                future.cancel()
+            wait(futures)
+            raise
+
+    def _video(self, place: int, video: PlannedVideo, rows: "_InOrder", given_up: Mapping[str, str]) -> None:
+        if (why := given_up.get(video.video_id)) is not None:
+            known = {"video_id": video.video_id, "path": video.path}
+            rows.put(place, *_failed(known, "worker_crash", why))
+            return
         key = self._spool.key(video)
         outcome: _Outcome | None = self._spool.get(key)
         if outcome is None:
@@ -219,14 +262,18 @@ class RemoteShardWorker:
     def __init__(self, *args: Any, **settings: Any) -> None:
         self._made = lambda: ShardWorker(*args, **settings)
 
-    def ready(self) -> str:
+    def node(self) -> str:
+        """The Ray node that it runs on."""
+        return ray.get_runtime_context().get_node_id()
+
+    def ready(self) -> None:
         """See `ShardWorker`, which also raises what is wrong with the settings."""
         self._worker = self._made()
-        return self._worker.ready()
+        self._worker.ready()
 
-    def extract(self, task: ShardTask) -> Iterator[Sign]:
+    def extract(self, task: ShardTask, careful: bool, given_up: Mapping[str, str]) -> Iterator[Sign]:
         """See `ShardWorker.extract`."""
-        yield from self._worker.extract(task)
+        yield from self._worker.extract(task, careful, given_up)
 
 
 class _InOrder:
@@ -236,7 +283,8 @@ class _InOrder:
         tally: What became of the staged videos.
         spooled: Keys, in the spool, of those that got rows.
         stopped: Set when the attempt is over.
-        moved: When a video was last seen to come on, by the monotonic clock.
+        moved: When a video was last seen to begin or come on, by the monotonic clock.
+        waiting: Videos that are not begun yet.
     """
 
     def __init__(self, attempt: ShardAttempt) -> None:
@@ -244,10 +292,28 @@ class _InOrder:
         self.spooled: list[str] = []
         self.stopped = threading.Event()
         self.moved = time.monotonic()
+        self.waiting = self._in_work = 0
         self._attempt, self._most = attempt, attempt.room()
         self._lock = threading.Lock()
         self._finished: dict[int, tuple[VideoRecord, np.ndarray | None, str]] = {}
         self._next = 0
+
+    @contextmanager
+    def in_work(self) -> Generator[None]:
+        """While the block runs, one video more is in work and one less waits."""
+        with self._lock:
+            self.waiting -= 1
+            self._in_work += 1
+            self.moved = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_work -= 1
+
+    def stuck(self, now: float, patience_s: float) -> bool:
+        """True where videos are in work and none of them has come on for long; they may wait for another shard's."""
+        return self._in_work > 0 and now - self.moved > patience_s
 
     def may_fit(self, decoded_s: float, claimed_s: float) -> bool:
         """False once it is certain that a video of which so much is decoded will find no room at its turn."""

@@ -21,6 +21,7 @@ Reason = Literal[
     "duplicate",
     "too_long",
     "decoder_crash",
+    "worker_crash",
     "bad_shape",
     "bad_dtype",
     "not_finite",

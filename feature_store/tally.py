@@ -47,27 +47,31 @@ def tally_of(records: Iterable[VideoRecord]) -> Tally:
     return tally
 
 
-class Sign(NamedTuple):
-    """A sign of life of a worker that is at a shard; or the sum of many."""
+class Work(NamedTuple):
+    """What an encoder did since its worker was ready; or the sum of many."""
 
-    tally: Tally
-    """The shard's videos so far."""
     encoded_s: int = 0
-    """Seconds of video that went through the network, also of videos that are not finished."""
+    """Seconds of video that went through the network, also of videos that are not finished, or of no use."""
     waiting_s: float = 0.0
     """Seconds in which the encoder had nothing to do: it waited for decoding."""
     working_s: float = 0.0
     """Seconds in which it encoded."""
 
-    def times(self) -> "Sign":
-        """Its times alone."""
-        return Sign(Tally(), 0, self.waiting_s, self.working_s)
-
-    def plus(self, other: "Sign") -> "Sign":
+    def plus(self, other: "Work") -> "Work":
         """The sum of two."""
-        return Sign(
-            self.tally.plus(other.tally),
-            self.encoded_s + other.encoded_s,
-            self.waiting_s + other.waiting_s,
-            self.working_s + other.working_s,
+        return Work(
+            self.encoded_s + other.encoded_s, self.waiting_s + other.waiting_s, self.working_s + other.working_s
         )
+
+
+class Sign(NamedTuple):
+    """A sign of life of a worker that is at a shard."""
+
+    tally: Tally
+    """The shard's videos so far."""
+    work: Work = Work()
+    """The worker's, at all of its shards."""
+    all_begun: bool = False
+    """None of the shard's videos waits for its turn: the next shard may begin."""
+    alone: str = ""
+    """Id of the only video that is in work, where they are in work one at a time."""

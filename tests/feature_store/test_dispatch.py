@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import pytest
 import ray
 
 from feature_store import dispatch
-from feature_store.dispatch import Dispatch
+from feature_store.dispatch import SHARDS_AT_ONCE, Dispatch
 from feature_store.plan import PlannedVideo, ShardTask
-from feature_store.tally import Sign, Tally
+from feature_store.tally import Sign, Tally, Work
 from vlm_dist.errors import ExtractionError, StoreError, StoreUnreachableError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -26,8 +26,19 @@ class Worker:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.times = 0
 
-    def ready(self) -> str:
+    def worked(self) -> Work:
+        self.times += 1
+        return Work(10 * self.times, 1.0 * self.times, 2.0 * self.times)
+
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def ready(self) -> None:
+        if (self.folder / "first-start-hangs").exists():
+            (self.folder / "first-start-hangs").unlink()
+            time.sleep(600)
         if (self.folder / "no-worker-starts").exists():
             os._exit(1)
         if (counter := self.folder / "first-workers-die").exists():
@@ -35,16 +46,34 @@ class Worker:
                 counter.write_text(str(left - 1))
                 os._exit(1)
             time.sleep(6)
-        return ray.get_runtime_context().get_node_id()
 
-    def extract(self, task: ShardTask) -> Iterator[Sign]:
+    def extract(self, task: ShardTask, careful: bool, given_up: Mapping[str, str]) -> Iterator[Sign]:
         (self.folder / f"{task.shard}.{os.getpid()}.ran").touch()
+        if given_up:
+            (self.folder / "given-up").write_text("\n".join(f"{key}={why}" for key, why in given_up.items()))
         yield Sign(Tally())
         order = self.folder / f"{task.shard}.first"
         first = order.read_text() if order.exists() else ""
         if first:
             order.unlink()
-        if first == "sleep":
+        if careful and (self.folder / "killers").exists():
+            yield from self.one_by_one(task)
+            return
+        if first == "wait for the next":
+            yield Sign(Tally(), all_begun=True)
+            while not list(self.folder.glob(f"{task.shard + 1}.*.ran")):
+                time.sleep(0.05)
+        elif first == "be long":
+            time.sleep(1.5)
+            (self.folder / "begun-meanwhile").write_text(str(len(list(self.folder.glob("*.ran"))) - 1))
+        elif first == "die with the next":
+            yield Sign(Tally(), all_begun=True)
+            while not list(self.folder.glob(f"{task.shard + 1}.*.ran")):
+                time.sleep(0.05)
+            os._exit(1)
+        elif (self.folder / "killers").exists() and not given_up:
+            os._exit(1)
+        elif first == "sleep":
             time.sleep(600)
         elif first == "die":
             os._exit(1)
@@ -53,7 +82,7 @@ class Worker:
         elif first == "broken GPU":
             raise RuntimeError("the GPU is lost")
         elif first == "say one and die":
-            yield Sign(Tally(1, 5), 5, 1.0, 2.0)
+            yield Sign(Tally(1, 5), self.worked())
             time.sleep(1)
             os._exit(1)
         elif first == "full scratch disk":
@@ -61,11 +90,19 @@ class Worker:
         elif (self.folder / "always-die").exists():
             os._exit(1)
         elif (self.folder / "always-die-after-one").exists():
-            yield Sign(Tally(1, 5), 5, 1.0, 2.0)
+            yield Sign(Tally(1, 5), self.worked())
             time.sleep(0.2)
             os._exit(1)
         time.sleep(0.05)
-        yield Sign(Tally(len(task.videos), 10, {"corrupt": 1}), 10, 1.0, 2.0)
+        yield Sign(Tally(len(task.videos), 10, {"corrupt": 1}), self.worked())
+
+    def one_by_one(self, task: ShardTask) -> Iterator[Sign]:
+        killers = (self.folder / "killers").read_text().split()
+        for place, video in enumerate(task.videos):
+            yield Sign(Tally(place), alone=video.video_id)
+            if video.video_id in killers:
+                os._exit(1)
+        yield Sign(Tally(len(task.videos)))
 
 
 class Case:
@@ -73,12 +110,12 @@ class Case:
 
     def __init__(self, folder: Path, room: int) -> None:
         self.folder, self.room = folder, room
-        self.polls: list[tuple[int, Sign]] = []
-        actor: Any = ray.remote(num_cpus=0)(Worker)
+        self.polls: list[tuple[int, Tally]] = []
+        actor: Any = ray.remote(num_cpus=0, max_concurrency=SHARDS_AT_ONCE)(Worker)
         self.dispatch = Dispatch(lambda: actor.remote(folder), lambda: self.room, self.look)
 
     def look(self, it: Dispatch) -> None:
-        self.polls.append((len(it._pool), it.so_far))
+        self.polls.append((len(it._pool), it.tally))
 
     def run(self, shards: int, first: dict[int, str] | None = None) -> None:
         for shard, what in (first or {}).items():
@@ -104,9 +141,9 @@ def test_every_task_once(two: Case) -> None:
     assert two.runs == Counter(range(9))
     it = two.dispatch
     assert (it.shards, it.shards_done, it.videos, it.deaths, it.most_workers) == (9, 9, 18, 0, 2)
-    assert it.so_far == Sign(Tally(18, 90, {"corrupt": 9}), 90, 9.0, 18.0)
+    assert (it.tally, it.work) == (Tally(18, 90, {"corrupt": 9}), Work(90, 9.0, 18.0))
     assert max(size for size, _ in two.polls) == 2
-    done = [sign.tally.ok for _, sign in two.polls]
+    done = [tally.ok for _, tally in two.polls]
     assert done == sorted(done)
 
 
@@ -115,7 +152,7 @@ def test_what_takes_far_longer_than_the_rest_is_given_out_again(two: Case, monke
     monkeypatch.setattr(dispatch, "_SLOW_S", 1.0)
     two.run(6, {0: "sleep"})
     assert two.runs == Counter([0, *range(6)])
-    assert (two.dispatch.shards_done, two.dispatch.so_far.tally.ok) == (6, 12), "the shard of two counts once"
+    assert (two.dispatch.shards_done, two.dispatch.tally.ok) == (6, 12), "the shard of two counts once"
     assert two.dispatch.deaths == 0
 
 
@@ -134,12 +171,51 @@ def test_a_lost_worker_is_replaced(two: Case, what: str) -> None:
     two.run(4, {0: what, 3: what})
     assert two.runs == Counter([0, 0, 1, 2, 3, 3])
     assert two.dispatch.deaths == 2
-    assert two.dispatch.so_far.tally == Tally(8, 40, {"corrupt": 4}), "what the dead had done counts once"
+    assert two.dispatch.tally == Tally(8, 40, {"corrupt": 4}), "what the dead had done counts once"
 
 
 def test_the_time_of_an_attempt_that_died_counts_and_its_videos_do_not(two: Case) -> None:
     two.run(4, {0: "say one and die"})
-    assert two.dispatch.so_far == Sign(Tally(8, 40, {"corrupt": 4}), 40, 4 * 1.0 + 1.0, 4 * 2.0 + 2.0)
+    assert (two.dispatch.tally, two.dispatch.work) == (Tally(8, 40, {"corrupt": 4}), Work(50, 5.0, 10.0))
+
+
+def test_a_shard_begins_while_the_last_videos_of_another_are_in_work(tmp_path: Path) -> None:
+    one = Case(tmp_path, room=1)
+    one.run(5, {0: "wait for the next", 1: "wait for the next", 2: "wait for the next"})
+    assert one.runs == Counter(range(5))
+    assert (one.dispatch.deaths, one.dispatch.most_workers, one.dispatch.tally.ok) == (0, 1, 10)
+
+
+def test_a_shard_does_not_begin_while_videos_of_another_wait(tmp_path: Path) -> None:
+    one = Case(tmp_path, room=1)
+    one.run(2, {0: "be long"})
+    assert (tmp_path / "begun-meanwhile").read_text() == "0"
+
+
+@pytest.mark.slow
+def test_both_shards_of_a_worker_that_dies_are_given_out_again(tmp_path: Path) -> None:
+    one = Case(tmp_path, room=1)
+    one.run(4, {0: "die with the next", 1: "be long"})
+    assert one.runs == Counter([0, 0, 1, 1, 2, 3])
+    assert (one.dispatch.deaths, one.dispatch.tally) == (1, Tally(8, 40, {"corrupt": 4}))
+
+
+@pytest.mark.slow
+def test_a_video_that_workers_die_of_is_given_up(tmp_path: Path) -> None:
+    one = Case(tmp_path, room=1)
+    (tmp_path / "killers").write_text("b")
+    one.run(1)
+    assert one.dispatch.deaths == 4, "two with all videos in work, two with this one alone"
+    assert (tmp_path / "given-up").read_text().startswith("b=b.mp4: 2 workers died that had no other video in work: ")
+
+
+@pytest.mark.slow
+def test_a_start_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_START_S", 1.0)
+    (tmp_path / "first-start-hangs").touch()
+    one = Case(tmp_path, room=1)
+    one.run(2)
+    assert (one.dispatch.shards_done, one.dispatch.deaths) == (2, 1)
 
 
 OUT_OF_MEMORY = """

@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from feature_store import dispatch
+from feature_store import dispatch, extract
 from feature_store.at_work import require_no_writers
 from feature_store.config import DecodeConfig, ExtractConfig
 from feature_store.encoder import kept_weights, prepare_encoder
 from feature_store.extract import ExtractProgress, ExtractSummary, extract_corpus
-from feature_store.extract_worker import ATTEMPTS
+from feature_store.extract_worker import ATTEMPTS, RemoteShardWorker, ShardWorker
 from feature_store.info import failures
 from feature_store.layout import open_store
 from feature_store.manifest import list_inputs
@@ -74,6 +75,35 @@ def test_what_is_wrong_with_the_settings_of_a_worker_is_told_as_it_is(corpus: Pa
     half = CFG.model_copy(update={"precision": "float16"})
     with pytest.raises(ConfigError, match=r"^extract\.precision=float16 is for GPUs"):
         extract_corpus(tmp_path / "store", list_inputs([corpus]), half, random_seed=0)
+
+
+class MortalShardWorker(ShardWorker):
+    """Dies of a video called `killer`, as a worker does for which the node has no memory."""
+
+    def _tried(self, video: PlannedVideo, *rest: Any) -> Any:
+        if video.video_id == "killer":
+            os._exit(1)
+        return super()._tried(video, *rest)
+
+
+class MortalWorker(RemoteShardWorker):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        self._made = lambda: MortalShardWorker(*args, **settings)
+
+
+@pytest.mark.slow
+def test_a_video_that_kills_its_worker_is_recorded_and_the_shard_goes_on(
+    corpus: Path, extracted: tuple[Path, ExtractSummary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extract, "RemoteShardWorker", MortalWorker)
+    videos = list_inputs([corpus])
+    videos.insert(4, PlannedVideo("killer", str(shutil.copy(corpus / "v0.mp4", tmp_path / "killer.mp4"))))
+    summary = extract_corpus(tmp_path / "store", videos, CFG.model_copy(update={"workers": 1}), random_seed=0)
+    assert (summary.tally.ok, summary.tally.reasons, summary.tally.seconds) == (10, {"worker_crash": 1}, 29)
+    assert summary.worker_deaths == 4
+    (record,) = failures(tmp_path / "store")
+    assert record.message.startswith(f"{tmp_path}/killer.mp4: 2 workers died that had no other video in work")
+    assert sorted(all_features(tmp_path / "store")) == [f"v{number}" for number in range(10)]
 
 
 def test_provenance_says_what_the_encoder_was(extracted: tuple[Path, ExtractSummary]) -> None:

@@ -1,6 +1,7 @@
 """feature_store.extract_worker without Ray: what is encoded, what waits for a further shard, what stops the work."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -129,6 +130,64 @@ def test_several_videos_at_once_give_the_same_shard(
         finalise(worker.meta.root)
     rows, also = (FeatureReader(worker.meta.root).read(0).astype(np.float32) for worker in (alone, several))
     assert np.abs(rows - also).max() <= 2**-11
+
+
+@pytest.mark.slow
+def test_two_shards_at_once_have_no_more_videos_in_work_than_one(
+    tmp_path: Path, videos: list[PlannedVideo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [ShardTask(0, (videos[0], videos[2])), ShardTask(1, (videos[1],))]
+    apart, _ = make_worker(tmp_path / "apart", videos)
+    expected = [told(apart, task) for task in tasks]
+    together, _ = make_worker(tmp_path / "together", videos)
+    at_once: list[str] = []
+    order: list[str] = []
+    tried = ShardWorker._tried
+
+    def seen(worker: ShardWorker, video: PlannedVideo, rows: _InOrder) -> tuple[VideoRecord, np.ndarray | None]:
+        at_once.append(video.video_id)
+        order.append(video.video_id)
+        assert len(at_once) == 1
+        outcome = tried(worker, video, rows)
+        at_once.remove(video.video_id)
+        return outcome
+
+    monkeypatch.setattr(ShardWorker, "_tried", seen)
+    first = together.extract(tasks[0])
+    assert next(sign for sign in first if sign.all_begun).tally.ok == 1, "its second video is in work"
+    second = together.extract(tasks[1])
+    with ThreadPoolExecutor(2) as threads:
+        ends = [list(ends)[-1] for ends in threads.map(list, (first, second))]
+    assert [end.tally for end in ends] == expected
+    assert order == ["a", "c", "b"]
+    for shard in range(2):
+        one, other = (read_commit(worker.meta, shard) for worker in (apart, together))
+        assert (one.crc32c, one.rows) == (other.crc32c, other.rows)
+    work = ends[1].work
+    assert work.encoded_s >= 300, "a worker's times go on from shard to shard"
+    assert work.waiting_s > 0
+    assert work.working_s > 0
+
+
+def test_one_video_at_a_time_is_told_before_it_begins(
+    tmp_path: Path, videos: list[PlannedVideo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, _ = make_worker(tmp_path / "store", videos)
+    begun: list[str] = []
+    tried = ShardWorker._tried
+
+    def seen(worker: ShardWorker, video: PlannedVideo, rows: _InOrder) -> tuple[VideoRecord, np.ndarray | None]:
+        begun.append(video.video_id)
+        return tried(worker, video, rows)
+
+    monkeypatch.setattr(ShardWorker, "_tried", seen)
+    told: list[tuple[str, list[str]]] = []
+    for sign in worker.extract(ShardTask(0, (videos[0], videos[1], videos[2])), True, {"b": "it is deadly"}):
+        if not told or told[-1][0] != sign.alone:
+            told.append((sign.alone, list(begun)))
+    assert told == [("a", []), ("", ["a"]), ("c", ["a"]), ("", ["a", "c"])]
+    given_up = read_commit(worker.meta, 0).videos[1]
+    assert (given_up.status, given_up.reason, given_up.message) == ("failed", "worker_crash", "it is deadly")
 
 
 def test_what_was_finished_is_taken_from_the_spool(
