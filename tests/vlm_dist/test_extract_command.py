@@ -106,6 +106,10 @@ def test_what_is_printed_is_of_the_listed_videos(folder: Path, capsys: pytest.Ca
     assert "duplicate" in shown.out
     assert "not_a_video" not in shown.out
     assert other in shown.out
+    assert "--retry-failed" not in shown.out
+
+    assert extract(folder, broken, *words) == 0
+    assert "the same command with --retry-failed tries them again" in capsys.readouterr().out
 
 
 def test_npy_refuses_what_it_would_ignore_or_overwrite(
@@ -115,6 +119,8 @@ def test_npy_refuses_what_it_would_ignore_or_overwrite(
     words = (str(folder / "videos" / "good.mp4"), "--npy", "--random-weights", "0")
     assert extract(folder, *words, "--store", "s", "--captions", "c.json") == 2
     assert "leave out --store and --captions, or --npy itself" in capsys.readouterr().err
+    assert extract(folder, *words, "--workers", "2", "--retry-failed", "--tokenizer", "x") == 2
+    assert "leave out --tokenizer and --workers and --retry-failed, or --npy itself" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert extract(folder, *words) == 0
     assert "Calibrating random weights" in capsys.readouterr().err

@@ -80,7 +80,9 @@ def extract(
     if not paths and not retry_failed:
         raise ConfigError("which videos? Give files, folders or lists; or --retry-failed for those that failed before")
     if npy:
-        if ignored := [flag for flag, value in {"--store": store, "--captions": captions}.items() if value]:
+        given = {"--store": store, "--captions": captions, "--tokenizer": tokenizer, "--workers": workers,
+                 "--retry-failed": retry_failed, "--allow-pickle": allow_pickle}  # fmt: skip
+        if ignored := [flag for flag, value in given.items() if value]:
             raise ConfigError(f"--npy writes one file and no store: leave out {' and '.join(ignored)}, or --npy itself")
         result = extract_to_npy(context, paths or [], random_weights)
     elif paths and not (store or captions or retry_failed) and (video := lone_video(context, paths)):
