@@ -256,3 +256,15 @@ def test_a_half_precision_model_has_nearly_the_same_loss(kind, dtype):
     found = gradients(model, loss)
     assert found.keys() == dict(model.named_parameters()).keys()
     assert all(gradient.dtype == dtype and torch.isfinite(gradient).all() for gradient in found.values())
+
+
+def test_gradients_of_far_keys_are_no_denormal_numbers():
+    """Keys that score 95 below the best have shares of 1e-41: a product over them takes thirty times as long."""
+    queries = torch.ones(3, 1, requires_grad=True)
+    keys = torch.tensor([[0.0], [-95.0], [-96.0]], requires_grad=True)
+    lse = chunked_lse(queries, keys, None, 2).lse
+    lse.sum().backward()
+    assert keys.grad is not None
+    assert (keys.grad.abs() > torch.finfo(torch.float32).tiny).all()
+    torch.testing.assert_close(keys.grad[:1], torch.full((1, 1), 3.0))
+    assert keys.grad[1:].max() < 1e-25
