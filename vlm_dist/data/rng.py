@@ -27,6 +27,7 @@ class Stream(IntEnum):
     MASK_TEXT = 7
     MASK_ACTION = 8
     MASK_TOKEN = 9
+    POOL = 10
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -61,6 +61,8 @@ def masked_token_loss(
     *,
     constant_column: bool = False,
     chunk: int = 2048,
+    shift: float = 0.0,
+    videos: tuple[Tensor, Tensor] | None = None,
 ) -> LossSums:
     """Cross-entropy of every masked token of a micro-batch.
 
@@ -78,6 +80,9 @@ def masked_token_loss(
         loss: which loss.
         constant_column: a further score of exactly 0 in every text row of the joint loss, as the reference has it.
         chunk: keys scored at once; the peak memory is masked rows x chunk scores.
+        shift: added to the scores of the pool: log(all / N) where it is a sample of all.
+        videos: (B,) and (N,) numbers of the videos that the clips and the pool are of: a row then has no negatives of
+            its own video. None: it has.
     """
     at_video, at_text = model.split(hidden, batch.video.shape[1])
     is_text = batch.text_labels != IGNORE
@@ -94,24 +99,28 @@ def masked_token_loss(
         ]
     )
     positive = (_wide(video) * _wide(own)).sum(-1)
+    apart = None
+    if videos is not None:
+        rows_of = [is_text, batch.video_labels] if loss == "joint" else [batch.video_labels]
+        apart = torch.cat([videos[0][:, None].expand_as(at)[at] for at in rows_of]), videos[1]
 
     if loss == "joint":
         # One pass over each key matrix serves both kinds of rows.
         rows = torch.cat([text, video])
         targets = torch.cat([labels, labels.new_full((len(video),), -1)])
         words = _word_scores(model, rows, targets, chunk)
-        videos = chunked_lse(rows, keys, None, chunk)
-        both = torch.logaddexp(words.lse, videos.lse)
+        negatives = chunked_lse(rows, keys, None, chunk, apart)
+        both = torch.logaddexp(words.lse, negatives.lse + shift)
         text_lse, video_lse = both.split([len(text), len(video)])
         if constant_column:
             text_lse = torch.logaddexp(text_lse, torch.zeros_like(text_lse))
         target = words.target[: len(text)]
-        best_word, best_video = words.best_index[: len(text)], videos.best[len(text) :]
+        best_word, best_video = words.best_index[: len(text)], negatives.best[len(text) :]
     else:
         words = _word_scores(model, text, labels, chunk)
-        videos = chunked_lse(video, keys, None, chunk)
+        negatives = chunked_lse(video, keys, None, chunk, apart)
         text_lse, target, best_word = words.lse, words.target, words.best_index
-        video_lse, best_video = videos.lse, videos.best
+        video_lse, best_video = negatives.lse + shift, negatives.best
     return LossSums(
         text_sum=(text_lse - target).sum(),
         video_sum=(torch.logaddexp(video_lse, positive) - positive).sum(),
@@ -132,7 +141,9 @@ class Scores:
     best_index: Tensor  # its key, -1 without keys
 
 
-def chunked_lse(queries: Tensor, keys: Tensor, targets: Tensor | None, chunk: int) -> Scores:
+def chunked_lse(
+    queries: Tensor, keys: Tensor, targets: Tensor | None, chunk: int, apart: tuple[Tensor, Tensor] | None = None
+) -> Scores:
     """Log-sum-exp of queries·keys over the keys, differentiable in both, one chunk of keys at a time.
 
     Args:
@@ -140,46 +151,61 @@ def chunked_lse(queries: Tensor, keys: Tensor, targets: Tensor | None, chunk: in
         keys: (K, D); K may be 0.
         targets: (R,) int64 index of a key whose score is wanted too, or -1; None is -1 everywhere.
         chunk: keys scored at once.
+        apart: (R,) and (K,) numbers: a query does not meet keys of its own number. None: it meets all.
     """
     if targets is None:
         targets = torch.full((len(queries),), -1, device=queries.device)
-    return Scores(*_ChunkedLse.apply(queries, keys, targets, chunk))  # pyright: ignore[reportArgumentType]
+    ours, theirs = apart or (None, None)
+    return Scores(*_ChunkedLse.apply(queries, keys, targets, ours, theirs, chunk))  # pyright: ignore[reportArgumentType]
 
 
 class _ChunkedLse(torch.autograd.Function):
     """Online softmax over chunks of keys; saves queries, keys and one number a row, and scores again backwards."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        targets: Tensor,
+        ours: Tensor | None,
+        theirs: Tensor | None,
+        chunk: int,
+    ) -> tuple[Tensor, ...]:
         wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
         best = queries.new_full((len(queries),), -torch.inf, dtype=wide)
         total, target = torch.zeros_like(best), torch.zeros_like(best)
         best_index = torch.full_like(targets, -1)
         for start in range(0, len(keys), chunk):
             scores = _scores(queries, keys[start : start + chunk])
+            if ours is not None and theirs is not None:
+                scores.masked_fill_(ours[:, None] == theirs[start : start + chunk], -torch.inf)
             inside, column = _locate(targets, start, scores.shape[1])
             target += torch.where(inside, scores.gather(1, column).squeeze(1), 0)
             top, index = scores.max(dim=1)
             best_index = torch.where(top > best, index + start, best_index)
             higher = torch.maximum(best, top)
-            total = total * (best - higher).exp_() + scores.sub_(higher[:, None]).exp_().sum(1)
+            base = higher.clamp(min=torch.finfo(wide).min)  # of a row that has met no key yet
+            total = total * (best - base).exp_() + scores.sub_(base[:, None]).exp_().sum(1)
             best = higher
             del scores
         lse = best + total.log()
         ctx.chunk = chunk
-        ctx.save_for_backward(queries, keys, targets, lse)
+        ctx.save_for_backward(queries, keys, targets, ours, theirs, lse)
         ctx.mark_non_differentiable(best, best_index)
         return lse, target, best, best_index
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, targets, lse = ctx.saved_tensors
+        queries, keys, targets, ours, theirs, lse = ctx.saved_tensors
         of_lse, of_target = grads[0][:, None], grads[1][:, None]
         of_queries = torch.zeros_like(queries, dtype=lse.dtype)
         of_keys = torch.empty_like(keys)
         for start in range(0, len(keys), ctx.chunk):
             part = keys[start : start + ctx.chunk]
             weights = _scores(queries, part).sub_(lse[:, None]).clamp_(min=_FAINTEST).exp_().mul_(of_lse)
+            if ours is not None and theirs is not None:
+                weights.masked_fill_(ours[:, None] == theirs[start : start + ctx.chunk], 0)
             inside, column = _locate(targets, start, len(part))
             weights.scatter_add_(1, column, torch.where(inside[:, None], of_target, 0))
             # Weighted by the gradient before the cast: in fp16 the probabilities alone would vanish.
@@ -187,7 +213,7 @@ class _ChunkedLse(torch.autograd.Function):
             of_queries += narrow @ part
             of_keys[start : start + ctx.chunk] = narrow.T @ queries
             del weights, narrow
-        return of_queries.to(queries.dtype), of_keys, None, None
+        return of_queries.to(queries.dtype), of_keys, None, None, None, None
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """How a model is trained: optimiser, precision, batch, checkpoints, workers (paper 5.2; defaults of the code)."""
 
+import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class _Frozen(BaseModel):
@@ -42,8 +43,13 @@ class TrainConfig(_Frozen):
         default="joint", description="Joint loss (Eq. 8) or the baseline L_MFM-MLM (Eq. 7)."
     )
     constant_column: bool = Field(default=False, description="The reference's constant zero logit in every text row.")
-    nce_pool: Literal["global", "local"] = Field(
-        default="global", description="Negatives of all ranks, or of this rank only."
+    nce_pool: str = Field(
+        default="global",
+        description="Negatives: global (of all ranks), local (of one micro-batch, as the reference), group:G (of G "
+        "neighbouring ranks), sample:K (about K of all).",
+    )
+    nce_other_videos: bool = Field(
+        default=False, description="Leave a masked token's own video out of its negatives (false negatives)."
     )
     nce_chunk: int = Field(default=2048, ge=1, description="Keys scored at once in the loss.")
     recompute: Literal["none", "cheap", "layers"] = Field(
@@ -65,6 +71,21 @@ class TrainConfig(_Frozen):
         default=False, description="Go on from a model whose features had another extractor than the store's."
     )
     threads: int = Field(default=0, ge=0, description="CPU threads of one rank; 0 shares the cores out.")
+
+    @field_validator("nce_pool")
+    @classmethod
+    def _pool(cls, value: str) -> str:
+        pool_form(value)
+        return value
+
+
+def pool_form(text: str) -> tuple[str, int]:
+    """`train.nce_pool` as its kind and its G or K, 0 where it has none. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(global|local)|(group|sample):([1-9]\d{0,9})", text)
+    if not found:
+        raise ValueError(f"{text!r} is none of global, local, group:G, sample:K (G ranks, K negatives: whole numbers)")
+    plain, kind, size = found.groups()
+    return plain or kind, int(size or 0)
 
 
 class FinetuneConfig(_Frozen):

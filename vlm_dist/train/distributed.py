@@ -3,6 +3,8 @@
 Every function is a plain local operation when torch.distributed is not initialised, so that the same code runs alone.
 """
 
+from collections.abc import Sequence
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -44,21 +46,48 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+def all_gather_counts(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Numbers of every rank: (W, len(counts)) int64 on the CPU, ordered by rank."""
+    own = torch.tensor(counts, dtype=torch.int64)
+    if world_size() == 1:
+        return own[None]
+    own = own.to(device)
+    every = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(every, own)
+    return torch.stack(every).cpu()
+
+
+@cache
+def neighbours(size: int) -> dist.ProcessGroup:
+    """The group of this rank among those of `size` ranks that follow one another; the number of ranks is a multiple."""
+    group, _ = dist.new_subgroups(size)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def all_gather_rows(
+    rows: torch.Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
     """Rows of every rank, (n_r, F) each with its own n_r (0 included) -> (sum n_r, F), ordered by rank, no gradient.
 
-    Used for the raw visible features that are the negatives of the whole global batch (paper Eq. 5-9): they are
-    frozen, so nothing flows back through the gather, and the graph has the same shape on every rank.
+    Used for the raw visible features that are the negatives (paper Eq. 5-9): they are frozen, so nothing flows back
+    through the gather, and the graph has the same shape on every rank.
+
+    Args:
+        rows: of this rank.
+        sizes: n_r of all ranks, where they are known; else they are gathered first.
+        group: ranks that take part; None is all.
     """
-    if world_size() == 1:
+    world = dist.get_world_size(group) if dist.is_initialized() else 1
+    if world == 1:
         return rows
-    size = torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device)
-    sizes = [torch.empty_like(size) for _ in range(world_size())]
-    dist.all_gather(sizes, size)
-    counts = [int(s) for s in sizes]
-    longest = max(1, *counts)
-    padded = rows.new_zeros((longest, rows.shape[1]))
-    padded[: rows.shape[0]] = rows
-    gathered = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(gathered, padded)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+    if sizes is None:
+        own = torch.tensor([len(rows)], dtype=torch.int64, device=rows.device)
+        every = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(every, own, group=group)
+        sizes = [int(size) for size in every]
+    padded = rows.new_zeros((max(1, *sizes), rows.shape[1]))
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(gathered, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])

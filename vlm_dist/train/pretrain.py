@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from feature_store.config import StoreConfig
 from feature_store.reader import FeatureReader
 from feature_store.tokenizer import load_tokenizer
-from vlm_dist.data.batch import ClipBatch, SpecialIds
+from vlm_dist.data.batch import SpecialIds
 from vlm_dist.data.clips import load_clips
 from vlm_dist.data.config import ClipConfig, MaskConfig
 from vlm_dist.data.masks import mask_batch
@@ -30,6 +30,7 @@ from vlm_dist.train import distributed
 from vlm_dist.train.config import TrainConfig
 from vlm_dist.train.engine import Engine
 from vlm_dist.train.loop import Objective
+from vlm_dist.train.negatives import MicroBatch, Negatives, Pool
 from vlm_dist.train.schedule import total_steps
 
 VALIDATION_SEED_SHIFT = 1 << 32  # validation draws its clips and masks from seeds that no training run uses
@@ -64,24 +65,18 @@ class PretrainModule(nn.Module):
         self.train_cfg = train
         set_recompute(vlm.bert, train.recompute)
 
-    def forward(self, batch: ClipBatch, pool: Tensor) -> LossSums:
-        """Masked-token losses of one micro-batch, with the (N, F) raw features in `pool` as negatives."""
+    def forward(self, micro: MicroBatch, pool: Pool) -> LossSums:
+        """Masked-token losses of one micro-batch, with these negatives."""
+        batch = micro.clips
         hidden = self.vlm.encode(
             batch.video, batch.video_mask, batch.text, batch.text_mask, video_labels=batch.video_labels
         )
         cfg = self.train_cfg
         return masked_token_loss(
-            self.vlm, hidden, batch, pool, cfg.loss, constant_column=cfg.constant_column, chunk=cfg.nce_chunk
-        )
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What the micro-batches of one update share over all ranks: the negatives and the numbers of masked tokens."""
-
-    pool: Tensor
-    num_text: float
-    num_video: float
+            self.vlm, hidden, batch, pool.features, cfg.loss, constant_column=cfg.constant_column,
+            chunk=cfg.nce_chunk, shift=pool.shift,
+            videos=(micro.videos, pool.videos) if cfg.nce_other_videos else None,
+        )  # fmt: skip
 
 
 def rank_clips(global_batch: int, world: int, rank: int, micro: int) -> list[tuple[int, int]]:
@@ -114,6 +109,7 @@ class PretrainObjective(Objective):
             job.init, job.model, self.tokenizer.vocab_size, self.reader.meta.feature_dim, seed=job.train.seed
         )
         self.module = PretrainModule(self.vlm, job.train)
+        self.negatives = Negatives(job.train.nce_pool, job.train.nce_other_videos)
         self.optim = job.train.optim
         with np.load(job.split) as split:
             training, validation = split["train"], split["validation"]
@@ -131,9 +127,9 @@ class PretrainObjective(Objective):
             else None
         )
 
-    def _load(self, keys: ClipKeys) -> ClipBatch:
+    def _load(self, keys: ClipKeys) -> MicroBatch:
         batch = load_clips(self.reader, keys, self.job.clips, self.vlm.config, self.ids)
-        return mask_batch(batch, keys, self.job.masks, self.ids).trim()
+        return MicroBatch.of(mask_batch(batch, keys, self.job.masks, self.ids).trim(), keys)
 
     def micro_batches(self, step: int) -> list[Any]:
         """This rank's clips of the update, masked, in `accumulation` pieces."""
@@ -141,25 +137,16 @@ class PretrainObjective(Objective):
 
     def prepare(self, micros: list[Any], engine: Engine) -> tuple[list[Any], Any]:
         """Gather the raw visible features of all ranks and micro-batches, and count the masked tokens."""
-        return [micro.to(engine.device, non_blocking=True) for micro in micros], self._share(micros, engine.device)
-
-    def _share(self, batches: list[ClipBatch], device: torch.device) -> Shared:
-        """Counted and selected on the CPU, where the batches come from."""
-        counts = [sum(b.num_masked_text for b in batches), sum(b.num_masked_video for b in batches)]
-        num_text, num_video = distributed.all_sum(torch.tensor(counts, dtype=torch.int64).to(device)).tolist()
-        visible = torch.cat([b.visible_video() for b in batches]).to(device, non_blocking=True)
-        pool = distributed.all_gather_rows(visible) if self.job.train.nce_pool == "global" else visible
-        return Shared(pool, num_text, num_video)
+        return [micro.to(engine.device) for micro in micros], self.negatives.share(micros, engine.device)
 
     def loss(self, engine: Engine, micro: Any, shared: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the global mean, and its sums."""
-        # The reference's own form of the pool: the clips that one GPU sees at once.
-        pool = shared.pool if self.job.train.nce_pool == "global" else micro.visible_video()
+        pool = shared.pool or Pool.of([micro])
         sums: LossSums = engine(micro, pool)
         loss = sums.loss(self.job.train.loss, shared.num_text, shared.num_video) * engine.scale
         report = {name: getattr(sums, name) for name in LossSums.__dataclass_fields__}
-        report["clips"] = report["num_text"].new_tensor(len(micro))
-        report["tokens"] = micro.video_mask.sum() + micro.text_mask.sum()
+        report["clips"] = report["num_text"].new_tensor(len(micro.clips))
+        report["tokens"] = micro.clips.video_mask.sum() + micro.clips.text_mask.sum()
         return loss, report
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
@@ -193,10 +180,9 @@ class PretrainObjective(Objective):
         total: dict[str, Tensor] = {}
         for pieces in self._validation_pieces():
             loaded = [self._load(self.validation.keys(0, *piece)) for piece in pieces]
-            shared = self._share(loaded, engine.device)
-            for batch in (part.to(engine.device) for part in loaded):
-                pool = shared.pool if self.job.train.nce_pool == "global" else batch.visible_video()
-                sums = engine.module(batch, pool)
+            shared = self.negatives.share(loaded, engine.device)
+            for micro in (part.to(engine.device) for part in loaded):
+                sums = engine.module(micro, shared.pool or Pool.of([micro]))
                 for name in LossSums.__dataclass_fields__:
                     total[name] = total.get(name, 0) + getattr(sums, name).double()
         joined = distributed.all_sum(torch.stack([total[name] for name in sorted(total)]))

@@ -268,3 +268,40 @@ def test_gradients_of_far_keys_are_no_denormal_numbers():
     assert (keys.grad.abs() > torch.finfo(torch.float32).tiny).all()
     torch.testing.assert_close(keys.grad[:1], torch.full((1, 1), 3.0))
     assert keys.grad[1:].max() < 1e-25
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_other_videos_only_and_a_shift_equal_the_naive_form(kind):
+    """Rows against the pool without their own video, its scores shifted; one row of text has no negatives left."""
+    model = tiny_model().double()
+    batch = random_batch(6, seed=8)
+    batch = replace(batch, video=batch.video.double())
+    clip_of = torch.tensor([0, 1, 0, 2, 1, 3])
+    visible = batch.video_mask & ~batch.video_labels
+    pool, of_pool = batch.visible_video(), clip_of[:, None].expand_as(visible)[visible]
+    only = of_pool == 1  # clips 1 and 4 meet nobody
+    for features, numbers in ((pool, of_pool), (pool[only], of_pool[only])):
+        sums = masked_token_loss(
+            model, encode(model, batch), batch, features, kind, chunk=5, shift=0.7, videos=(clip_of, numbers)
+        )
+        hidden = encode(model, batch)
+        at_video, at_text = model.split(hidden, batch.video.shape[1])
+        keys, words = model.project_video(features), model.word_table
+        text_sum = video_sum = torch.zeros((), dtype=torch.float64)
+        for clip in range(6):
+            others = keys[numbers != clip_of[clip]]
+            for place in (batch.text_labels[clip] != IGNORE).nonzero()[:, 0]:
+                row = model.head(at_text[clip, place])
+                scores = torch.cat([words @ row, others @ row + 0.7]) if kind == "joint" else words @ row
+                text_sum = text_sum + scores.logsumexp(0) - scores[batch.text_labels[clip, place]]
+            for second in batch.video_labels[clip].nonzero()[:, 0]:
+                row = model.head(at_video[clip, second])
+                own = model.project_video(batch.video[clip, second]) @ row
+                scores = torch.cat([own[None], others @ row + 0.7, *([words @ row] if kind == "joint" else [])])
+                video_sum = video_sum + scores.logsumexp(0) - own
+        torch.testing.assert_close(sums.text_sum, text_sum, atol=1e-10, rtol=1e-12)
+        torch.testing.assert_close(sums.video_sum, video_sum, atol=1e-10, rtol=1e-12)
+        mine = gradients(model, sums.text_sum + 2 * sums.video_sum)
+        naive = gradients(model, text_sum + 2 * video_sum)
+        for name, gradient in mine.items():
+            torch.testing.assert_close(gradient, naive[name], atol=1e-9, rtol=1e-9, msg=name)

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,6 +138,19 @@ def test_an_export_knows_its_features_and_every_video_of_its_trainings(corpus: P
                             "split": str(tmp_path / "other.npz")})  # fmt: skip
     run_ranks(1, _select, second)
     assert read_trained_on(tmp_path / "second" / "model").count(ids) == VIDEOS, "continued: those of both"
+
+
+def test_pools_that_hold_all_are_the_global_one(corpus: Path, tmp_path: Path) -> None:
+    """And a token's own video can be left out of its negatives, which is another loss, the same for any split."""
+    few: dict[str, Any] = {"max_steps": 2, "micro_batch": 3}
+    whole, _ = run_ranks(1, _curve, _job(corpus, tmp_path / "a", max_steps=2))[0]
+    for form in ("group:2", "sample:100000"):
+        same, _ = run_ranks(2, _curve, _job(corpus, tmp_path / form, **few, nce_pool=form))[0]
+        assert same == pytest.approx(whole, rel=2e-5), form
+    apart, _ = run_ranks(1, _curve, _job(corpus, tmp_path / "b", max_steps=2, nce_other_videos=True))[0]
+    split, _ = run_ranks(2, _curve, _job(corpus, tmp_path / "c", **few, nce_other_videos=True))[0]
+    assert split == pytest.approx(apart, rel=2e-5)
+    assert apart[0] < whole[0] * (1 - 1e-3)
 
 
 def test_a_local_pool_is_another_loss(corpus: Path, tmp_path: Path) -> None:
