@@ -4,7 +4,6 @@ Every function is a plain local operation when torch.distributed is not initiali
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import TypeVar
 
 import torch
@@ -57,9 +56,8 @@ def all_gather_counts(counts: Sequence[int], device: torch.device) -> torch.Tens
     return torch.stack(every).cpu()
 
 
-@cache
 def neighbours(size: int) -> dist.ProcessGroup:
-    """The group of this rank among those of `size` ranks that follow one another; the number of ranks is a multiple."""
+    """New groups of `size` ranks that follow one another, W being a multiple; gives this rank's (a collective)."""
     group, _ = dist.new_subgroups(size)
     assert isinstance(group, dist.ProcessGroup)
     return group

@@ -5,7 +5,7 @@ MLP (losses/nce.py). How large a pool gets with the number of GPUs, and what tha
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from vlm_dist.train import distributed
 from vlm_dist.train.config import pool_form
 
 
-class MicroBatch(NamedTuple):
+@dataclass(frozen=True)
+class MicroBatch:
     """Masked clips, and what the pool needs to know of them."""
 
     clips: ClipBatch
@@ -40,7 +41,8 @@ class MicroBatch(NamedTuple):
         )
 
 
-class Pool(NamedTuple):
+@dataclass(frozen=True)
+class Pool:
     """N negatives."""
 
     features: Tensor
@@ -61,7 +63,8 @@ class Pool(NamedTuple):
         return cls(features, torch.cat(videos))
 
 
-class Shared(NamedTuple):
+@dataclass(frozen=True)
+class Shared:
     """What the micro-batches of one update share over all ranks."""
 
     pool: Pool | None
