@@ -224,7 +224,7 @@ def test_ids_are_no_paths_and_count_once(tmp_path: Path) -> None:
         "line\nbreak",
         "søster 妹 🎬",
         "a b",
-        "x" * 5000,
+        "x" * 1000,
         "%2e%2e%2f",
         "../../x",
     ]

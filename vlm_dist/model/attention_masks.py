@@ -56,9 +56,10 @@ def stretches(kind: Attention, video_mask: Tensor, text_mask: Tensor) -> Tensor:
     """Lengths of what attends to itself alone, when real places lie one behind the other: int64, some may be 0.
 
     A clip is one stretch (B,); in the isolated form it is three (3·B,): [CLS], video with its [SEP], text.
-    Arguments as of `attention_mask`; [CLS] and the video's [SEP] are real.
+    Arguments as of `attention_mask`.
     """
     of_video, of_text = video_mask.sum(1), text_mask.sum(1)
     if kind != "isolated":
         return of_video + of_text
-    return torch.stack([torch.ones_like(of_video), of_video + 1, of_text - 2], dim=1).flatten()
+    cls, sep = text_mask[:, 0].long(), text_mask[:, 1].long()
+    return torch.stack([cls, of_video + sep, of_text - cls - sep], dim=1).flatten()

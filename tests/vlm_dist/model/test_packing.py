@@ -94,12 +94,17 @@ def test_dropout_is_on_in_training_only() -> None:
     assert not torch.equal(encode(only_attention, BATCH), encode(only_attention, BATCH))
 
 
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 13)), min_size=1, max_size=6), st.sampled_from(ATTENTIONS))
+LENGTHS = st.tuples(st.integers(0, 8), st.integers(0, 13), st.booleans(), st.booleans())
+
+
+@given(st.lists(LENGTHS, min_size=1, max_size=6), st.sampled_from(ATTENTIONS))
 @settings(max_examples=60, deadline=None)
-def test_any_lengths(lengths: list[tuple[int, int]], attention: Attention) -> None:
-    """Clips without video, without words, or full: the same states as those of padded rows and a mask."""
-    video_mask = torch.stack([torch.arange(8) < seconds for seconds, _ in lengths])
-    text_mask = torch.stack([torch.arange(16) < words + 3 for _, words in lengths])
+def test_any_lengths(lengths: list[tuple[int, int, bool, bool]], attention: Attention) -> None:
+    """Clips without video, without words, without [CLS] or the video's [SEP], or full: as padded rows and a mask."""
+    video_mask = torch.stack([torch.arange(8) < seconds for seconds, *_ in lengths])
+    text_mask = torch.stack([torch.arange(16) < words + 3 for _, words, *_ in lengths])
+    text_mask[:, 0] = torch.tensor([cls for *_, cls, _ in lengths])
+    text_mask[:, 1] = torch.tensor([sep for *_, sep in lengths])
     real = real_places(video_mask, text_mask)
     mask = attention_mask(attention, video_mask, text_mask)
     query, key, value = torch.randn(3, *real.shape, 2, 4)
