@@ -6,6 +6,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from typing import Any
 
 
@@ -27,6 +28,14 @@ def _main(rank: int, world: int, port: int, function: Callable[..., Any], args: 
         dist.destroy_process_group()
 
 
+def _start_server() -> None:
+    """Where a test before has started Ray, PYTHONSAFEPATH is set: the server would not find this package, silently."""
+    safe = os.environ.pop("PYTHONSAFEPATH", None)
+    forkserver.ensure_running()
+    if safe is not None:
+        os.environ["PYTHONSAFEPATH"] = safe
+
+
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)` returned on each rank, in order of rank."""
     with socket.socket() as probe:
@@ -35,6 +44,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     # A server that has imported the heavy libraries once forks the ranks: a rank starts in a second instead of ten.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.vlm_dist.train.preload"])
+    _start_server()
     results = context.Queue()
     processes = [context.Process(target=_main, args=(r, world, port, function, args, results)) for r in range(world)]
     for process in processes:
