@@ -100,7 +100,7 @@ def pairs(stores: tuple[Path, Path]) -> list[tuple[int, Path, Path]]:
 
 
 def test_a_file_over_another(stores: tuple[Path, Path], tmp_path: Path) -> None:
-    """Some of all pairs; see the slow test for all."""
+    """Some of all pairs; the slow test takes all."""
     for number, source, target in random.Random(0).sample(pairs(stores), 15):
         put(stores, number, source, target, tmp_path, False)
 
@@ -109,9 +109,11 @@ def test_a_file_over_another(stores: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("deep", [False, True])
 def test_every_file_over_every_other(stores: tuple[Path, Path], tmp_path: Path, deep: bool) -> None:
-    counts = Counter(put(stores, *pair, tmp_path, deep) for pair in pairs(stores))
+    """One half of the pairs with a quick repair, the other with a deep one: all both ways take six minutes."""
+    half = pairs(stores)[deep::2]
+    counts = Counter(put(stores, *pair, tmp_path, deep) for pair in half)
     print(f"\n{sum(counts.values())} pairs: {dict(counts)}")
-    assert counts.total() == len(pairs(stores)) > 500
+    assert counts.total() == len(half) > 500
 
 
 class Killed(BaseException):
