@@ -40,7 +40,7 @@ class PlainStep(nn.Module):
         text_scores = torch.cat([text @ words.T, text @ keys.T], 1)
         video_scores = torch.cat([positive, video_rows @ keys.T, video_rows @ words.T], 1)
         loss = cross_entropy(text_scores.float(), batch.text_labels[is_text], reduction="sum")
-        first = torch.zeros(len(video_rows), dtype=torch.int64)
+        first = torch.zeros(len(video_rows), dtype=torch.int64, device=words.device)
         loss = loss + cross_entropy(video_scores.float(), first, reduction="sum")
         return loss / (len(text) + len(video_rows))
 

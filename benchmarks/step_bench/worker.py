@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from step_bench.plain import PlainStep
 from vlm_dist.data.batch import ClipBatch
-from vlm_dist.losses.nce import masked_token_loss
 from vlm_dist.model.config import ModelConfig
 from vlm_dist.model.flops import Work, step_flops
-from vlm_dist.model.recompute import set_recompute
+from vlm_dist.model.recompute import Recompute
 from vlm_dist.model.vlm import VLM
+from vlm_dist.train.config import TrainConfig
+from vlm_dist.train.negatives import MicroBatch, Pool
+from vlm_dist.train.pretrain import PretrainModule
 
 VOCAB = 30522  # of bert-base-uncased
-WAYS = {"plain": None, "ours": "none", "ours, cheap": "cheap", "ours, layers": "layers"}
+WAYS: dict[str, Recompute | None] = {"plain": None, "ours": "none", "ours, cheap": "cheap", "ours, layers": "layers"}
 """Name → what is made again in the backward pass; the reference's way is another model."""
-_SCALE = 1024.0  # of the loss in float16
+_SCALE = 16.0  # of the loss in float16: more, and the first gradients overflow
 
 
 def main() -> None:
@@ -41,18 +43,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--chunk", type=int, default=TrainConfig().nce_chunk)
     told = parser.parse_args()
     torch.set_num_threads(told.threads)
     torch.manual_seed(0)
     device = torch.device(told.device)
     batch = ClipBatch(**torch.load(told.file, weights_only=True))
-    model = VLM(ModelConfig(vocab_size=VOCAB, feature_dim=batch.video.shape[-1], dropout=0.0))
+    model = VLM(ModelConfig(vocab_size=VOCAB, feature_dim=batch.video.shape[-1], dropout=told.dropout))
     work = Work.of(batch)
     model, moved = model.to(device, getattr(torch, told.precision)).train(), batch.to(device)
-    step = PlainStep(model) if told.way == "plain" else _Ours(model, WAYS[told.way] or "none", batch)
-    if told.compile:
-        for layer in model.bert.encoder.layer:
-            layer.compile(dynamic=True)
+    step = PlainStep(model) if told.way == "plain" else _Ours(model, WAYS[told.way] or "none", told, device)
     update = _Update(model.parameters(), _SCALE if told.precision == "float16" else 1.0)
     held, seconds, losses = _held(device), list[float](), list[float]()
     warm_up = 1 if device.type == "cpu" else 5
@@ -68,36 +69,43 @@ def main() -> None:
 
 
 class _Ours(nn.Module):
-    def __init__(self, model: VLM, recompute: str, batch: ClipBatch) -> None:
+    """The training loop's own module, with the batch's visible seconds as the pool."""
+
+    def __init__(self, model: VLM, recompute: Recompute, told: argparse.Namespace, device: torch.device) -> None:
         super().__init__()
-        self.model = model
-        self.counts = batch.num_masked_text, batch.num_masked_video
-        set_recompute(model.bert, recompute)  # type: ignore[arg-type]
+        cfg = TrainConfig(recompute=recompute, compile=told.compile, nce_chunk=told.chunk)
+        self.module = PretrainModule(model, cfg, device)
 
     def forward(self, batch: ClipBatch) -> Tensor:
-        hidden = self.model.encode(
-            batch.video, batch.video_mask, batch.text, batch.text_mask, video_labels=batch.video_labels
-        )
-        return masked_token_loss(self.model, hidden, batch, batch.visible_video()).loss("joint", *self.counts)
+        nothing = batch.text.new_zeros(0)
+        sums = self.module(MicroBatch(batch, nothing, nothing), Pool(batch.visible_video(), nothing))
+        return sums.loss("joint", batch.num_masked_text, batch.num_masked_video)
 
 
 class _Update:
-    """Backward pass and Adam."""
+    """Backward pass and Adam; half-precision weights have masters in float32. As few kernels as there can be."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], scale: float) -> None:
         self.parameters, self.scale = list(parameters), scale
         half = self.parameters[0].dtype != torch.float32
         self.masters = [p.detach().float() for p in self.parameters] if half else self.parameters
         self.adam = torch.optim.AdamW(self.masters, lr=5e-5, betas=(0.9, 0.98), fused=True)
+        if half:
+            for master in self.masters:
+                master.grad = torch.zeros_like(master)
 
     def __call__(self, loss: Tensor) -> None:
         (loss * self.scale).backward()
         if self.masters is not self.parameters:
-            for master, p in zip(self.masters, self.parameters, strict=True):
-                master.grad, p.grad = None if p.grad is None else p.grad.float().div_(self.scale), None
+            wide, narrow = [m.grad for m in self.masters], [p.grad for p in self.parameters]
+            torch._foreach_copy_(wide, narrow)
+            torch._foreach_div_(wide, self.scale)
+            for p in self.parameters:
+                p.grad = None
         self.adam.step()
-        self.adam.zero_grad()
-        if self.masters is not self.parameters:
+        if self.masters is self.parameters:
+            self.adam.zero_grad()
+        else:
             torch._foreach_copy_([p.data for p in self.parameters], self.masters)
 
 

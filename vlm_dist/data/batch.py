@@ -1,10 +1,13 @@
 """One batch of clips as tensors: what clips and masks make, and what model and loss take."""
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+
+from vlm_dist.model.attention_masks import real_places
 
 IGNORE = -100  # label of a text place that is not predicted
 
@@ -36,6 +39,24 @@ class SpecialIds:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where things lie in a batch, as int64 numbers of places behind one another: `tensor.flatten(0, 1)[places]`."""
+
+    real: Tensor
+    """Of the B·L places of [CLS] video [SEP] text, those that are not padding."""
+    masked_text: Tensor
+    """Of the B·T text places."""
+    masked_video: Tensor
+    """Of the B·V video places."""
+    visible_video: Tensor
+    """Of the B·V video places, real and not masked."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+        return type(self)(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+
+@dataclass(frozen=True)
 class ClipBatch:
     """B clips with V video places and T text places (reference facts 1.1).
 
@@ -62,8 +83,10 @@ class ClipBatch:
         return type(self)(*(getattr(self, field.name)[clips] for field in fields(self)))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same batch on another device."""
-        return type(self)(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+        """The same batch on another device, with its places: found there, each would wait for all work before it."""
+        moved = type(self)(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+        vars(moved)["places"] = self.places.to(device, non_blocking)
+        return moved
 
     def trim(self) -> Self:
         """Drop the places that are padding in every clip; the model gives the same result without them."""
@@ -80,16 +103,23 @@ class ClipBatch:
             text_labels=self.text_labels[:, :t],
         )
 
+    @cached_property
+    def places(self) -> Places:
+        """Where real, masked and visible tokens lie."""
+        real = real_places(self.video_mask, self.text_mask)
+        masks = real, self.text_labels != IGNORE, self.video_labels, self.video_mask & ~self.video_labels
+        return Places(*(mask.flatten().nonzero()[:, 0] for mask in masks))
+
     @property
     def num_masked_text(self) -> int:
         """Masked text places of the batch."""
-        return int((self.text_labels != IGNORE).sum())
+        return len(self.places.masked_text)
 
     @property
     def num_masked_video(self) -> int:
         """Masked video places of the batch."""
-        return int(self.video_labels.sum())
+        return len(self.places.masked_video)
 
     def visible_video(self) -> Tensor:
         """(N, F) raw features of all real, unmasked seconds: this batch's share of the negatives V' (Eq. 5)."""
-        return self.video[self.video_mask & ~self.video_labels]
+        return self.video.flatten(0, 1).index_select(0, self.places.visible_video)

@@ -8,7 +8,9 @@ Scores of all rows against all words and the pool never exist at once: `chunked_
 and scores it again in the backward pass.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from vlm_dist.data.batch import IGNORE, ClipBatch
+from vlm_dist.data.batch import ClipBatch
 from vlm_dist.model.vlm import VLM
 
 Loss = Literal["joint", "mfm-mlm"]
@@ -63,6 +65,7 @@ def masked_token_loss(
     chunk: int = 2048,
     shift: float = 0.0,
     videos: tuple[Tensor, Tensor] | None = None,
+    compiled: bool = False,
 ) -> LossSums:
     """Cross-entropy of every masked token of a micro-batch.
 
@@ -83,13 +86,14 @@ def masked_token_loss(
         shift: added to the scores of the pool: log(all / N) where it is a sample of all.
         videos: (B,) and (N,) numbers of the videos that the clips and the pool are of: a row then has no negatives of
             its own video. None: it has.
+        compiled: see `chunked_lse`.
     """
-    at_video, at_text = model.split(hidden, batch.video.shape[1])
-    is_text = batch.text_labels != IGNORE
-    labels = batch.text_labels[is_text]
-    text = model.head(at_text[is_text])
-    video = model.head(at_video[batch.video_labels])
-    own = model.project_video(batch.video[batch.video_labels])
+    at_video, at_text = (states.flatten(0, 1) for states in model.split(hidden, batch.video.shape[1]))
+    in_text, in_video = batch.places.masked_text, batch.places.masked_video
+    labels = batch.text_labels.flatten()[in_text]
+    text = model.head(at_text.index_select(0, in_text))
+    video = model.head(at_video.index_select(0, in_video))
+    own = model.project_video(batch.video.flatten(0, 1).index_select(0, in_video))
     # The projection of a large pool is computed again in the backward pass: only its output is kept.
     # It has no dropout, so there is no random state to keep.
     keys = torch.cat(
@@ -101,15 +105,16 @@ def masked_token_loss(
     positive = (_wide(video) * _wide(own)).sum(-1)
     apart = None
     if videos is not None:
-        rows_of = [is_text, batch.video_labels] if loss == "joint" else [batch.video_labels]
-        apart = torch.cat([videos[0][:, None].expand_as(at)[at] for at in rows_of]), videos[1]
+        of_text, of_video = in_text // batch.text.shape[1], in_video // batch.video.shape[1]
+        rows_of = torch.cat([of_text, of_video]) if loss == "joint" else of_video
+        apart = videos[0][rows_of], videos[1]
 
     if loss == "joint":
         # One pass over each key matrix serves both kinds of rows.
         rows = torch.cat([text, video])
         targets = torch.cat([labels, labels.new_full((len(video),), -1)])
-        words = _word_scores(model, rows, targets, chunk)
-        negatives = chunked_lse(rows, keys, None, chunk, apart)
+        words = _word_scores(model, rows, targets, chunk, compiled)
+        negatives = chunked_lse(rows, keys, None, chunk, apart, compiled)
         both = torch.logaddexp(words.lse, negatives.lse + shift)
         text_lse, video_lse = both.split([len(text), len(video)])
         if constant_column:
@@ -117,15 +122,15 @@ def masked_token_loss(
         target = words.target[: len(text)]
         best_word, best_video = words.best_index[: len(text)], negatives.best[len(text) :]
     else:
-        words = _word_scores(model, text, labels, chunk)
-        negatives = chunked_lse(video, keys, None, chunk, apart)
+        words = _word_scores(model, text, labels, chunk, compiled)
+        negatives = chunked_lse(video, keys, None, chunk, apart, compiled)
         text_lse, target, best_word = words.lse, words.target, words.best_index
         video_lse, best_video = negatives.lse + shift, negatives.best
     return LossSums(
         text_sum=(text_lse - target).sum(),
         video_sum=(torch.logaddexp(video_lse, positive) - positive).sum(),
-        num_text=is_text.sum(),
-        num_video=batch.video_labels.sum(),
+        num_text=in_text.new_full((), len(in_text)),
+        num_video=in_video.new_full((), len(in_video)),
         correct_text=(best_word == labels).sum(),
         correct_video=(positive.detach() > best_video).sum(),
     )
@@ -142,7 +147,12 @@ class Scores:
 
 
 def chunked_lse(
-    queries: Tensor, keys: Tensor, targets: Tensor | None, chunk: int, apart: tuple[Tensor, Tensor] | None = None
+    queries: Tensor,
+    keys: Tensor,
+    targets: Tensor | None,
+    chunk: int,
+    apart: tuple[Tensor, Tensor] | None = None,
+    compiled: bool = False,
 ) -> Scores:
     """Log-sum-exp of queries·keys over the keys, differentiable in both, one chunk of keys at a time.
 
@@ -152,11 +162,12 @@ def chunked_lse(
         targets: (R,) int64 index of a key whose score is wanted too, or -1; None is -1 everywhere.
         chunk: keys scored at once.
         apart: (R,) and (K,) numbers: a query does not meet keys of its own number. None: it meets all.
+        compiled: let torch.compile fuse what is done to the scores.
     """
     if targets is None:
         targets = torch.full((len(queries),), -1, device=queries.device)
     ours, theirs = apart or (None, None)
-    return Scores(*_ChunkedLse.apply(queries, keys, targets, ours, theirs, chunk))  # pyright: ignore[reportArgumentType]
+    return Scores(*_ChunkedLse.apply(queries, keys, targets, ours, theirs, chunk, compiled))  # pyright: ignore[reportArgumentType]
 
 
 class _ChunkedLse(torch.autograd.Function):
@@ -171,26 +182,17 @@ class _ChunkedLse(torch.autograd.Function):
         ours: Tensor | None,
         theirs: Tensor | None,
         chunk: int,
+        compiled: bool,
     ) -> tuple[Tensor, ...]:
         wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
         best = queries.new_full((len(queries),), -torch.inf, dtype=wide)
-        total, target = torch.zeros_like(best), torch.zeros_like(best)
-        best_index = torch.full_like(targets, -1)
-        for start in range(0, len(keys), chunk):
-            scores = _scores(queries, keys[start : start + chunk])
-            if ours is not None and theirs is not None:
-                scores.masked_fill_(ours[:, None] == theirs[start : start + chunk], -torch.inf)
-            inside, column = _locate(targets, start, scores.shape[1])
-            target += torch.where(inside, scores.gather(1, column).squeeze(1), 0)
-            top, index = scores.max(dim=1)
-            best_index = torch.where(top > best, index + start, best_index)
-            higher = torch.maximum(best, top)
-            base = higher.clamp(min=torch.finfo(wide).min)  # of a row that has met no key yet
-            total = total * (best - base).exp_() + scores.sub_(base[:, None]).exp_().sum(1)
-            best = higher
-            del scores
+        state = best, torch.zeros_like(best), torch.zeros_like(best), torch.full_like(targets, -1)
+        fold = _compiled(_fold) if compiled else _fold
+        for start, part, numbers in _chunks(keys, theirs, chunk):
+            state = fold(queries, part, targets - start, start, ours, numbers, *state)
+        best, total, target, best_index = state
         lse = best + total.log()
-        ctx.chunk = chunk
+        ctx.chunk, ctx.compiled = chunk, compiled
         ctx.save_for_backward(queries, keys, targets, ours, theirs, lse)
         ctx.mark_non_differentiable(best, best_index)
         return lse, target, best, best_index
@@ -198,22 +200,78 @@ class _ChunkedLse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, targets, ours, theirs, lse = ctx.saved_tensors
-        of_lse, of_target = grads[0][:, None], grads[1][:, None]
-        of_queries = torch.zeros_like(queries, dtype=lse.dtype)
-        of_keys = torch.empty_like(keys)
-        for start in range(0, len(keys), ctx.chunk):
-            part = keys[start : start + ctx.chunk]
-            weights = _scores(queries, part).sub_(lse[:, None]).clamp_(min=_FAINTEST).exp_().mul_(of_lse)
-            if ours is not None and theirs is not None:
-                weights.masked_fill_(ours[:, None] == theirs[start : start + ctx.chunk], 0)
-            inside, column = _locate(targets, start, len(part))
-            weights.scatter_add_(1, column, torch.where(inside[:, None], of_target, 0))
-            # Weighted by the gradient before the cast: in fp16 the probabilities alone would vanish.
-            narrow = weights.to(queries.dtype)
-            of_queries += narrow @ part
-            of_keys[start : start + ctx.chunk] = narrow.T @ queries
-            del weights, narrow
-        return of_queries.to(queries.dtype), of_keys, None, None, None, None
+        spread = _compiled(_spread) if ctx.compiled else _spread
+        of_queries, of_keys = torch.zeros_like(queries, dtype=lse.dtype), torch.empty_like(keys)
+        for (start, part, numbers), place in zip(
+            _chunks(keys, theirs, ctx.chunk), of_keys.split(ctx.chunk), strict=False
+        ):
+            of_queries, of_part = spread(
+                queries, part, targets - start, ours, numbers, lse, grads[0], grads[1], of_queries
+            )
+            place.copy_(of_part)
+        return of_queries.to(queries.dtype), of_keys, None, None, None, None, None
+
+
+def _chunks(keys: Tensor, theirs: Tensor | None, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """(number of the first key, keys, their numbers) of each chunk; the first is a tensor, so that one compiled form
+    does for all of them."""
+    starts = torch.arange(0, len(keys), chunk, device=keys.device)
+    numbers = [None] * len(starts) if theirs is None else theirs.split(chunk)
+    return zip(starts, keys.split(chunk), numbers, strict=False)  # a split of nothing has one part
+
+
+def _fold(
+    queries: Tensor,
+    keys: Tensor,
+    columns: Tensor,
+    start: Tensor,
+    ours: Tensor | None,
+    theirs: Tensor | None,
+    best: Tensor,
+    total: Tensor,
+    target: Tensor,
+    best_index: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """State of the online softmax after one more chunk of keys; `columns` are the targets' places in it."""
+    scores = _scores(queries, keys)
+    if ours is not None and theirs is not None:
+        scores.masked_fill_(ours[:, None] == theirs, -torch.inf)
+    inside, column = _inside(columns, keys)
+    target = target + torch.where(inside, scores.gather(1, column).squeeze(1), 0)
+    top, index = scores.max(dim=1)
+    best_index = torch.where(top > best, index + start, best_index)
+    higher = torch.maximum(best, top)
+    base = higher.clamp(min=torch.finfo(higher.dtype).min)  # of a row that has met no key yet
+    total = total * (best - base).exp() + scores.sub_(base[:, None]).exp_().sum(1)
+    return higher, total, target, best_index
+
+
+def _spread(
+    queries: Tensor,
+    keys: Tensor,
+    columns: Tensor,
+    ours: Tensor | None,
+    theirs: Tensor | None,
+    lse: Tensor,
+    of_lse: Tensor,
+    of_target: Tensor,
+    of_queries: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the queries, with that of these keys added, and of the keys."""
+    weights = _scores(queries, keys).sub_(lse[:, None]).clamp_(min=_FAINTEST).exp_().mul_(of_lse[:, None])
+    if ours is not None and theirs is not None:
+        weights.masked_fill_(ours[:, None] == theirs, 0)
+    inside, column = _inside(columns, keys)
+    weights.scatter_add_(1, column, torch.where(inside, of_target, 0)[:, None])
+    # Weighted by the gradient before the cast: in fp16 the probabilities alone would vanish.
+    narrow = weights.to(queries.dtype)
+    return of_queries + narrow @ keys, narrow.T @ queries
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """On GPUs the passes over the scores cost several times their products, and fused ones half of that."""
+    return torch.compile(function, dynamic=True)
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
@@ -223,19 +281,18 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     return _wide(queries) @ _wide(keys).T
 
 
-def _locate(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+def _inside(columns: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Which targets lie in a chunk, (R,) bool, and their column there, (R, 1), clamped where they do not."""
-    column = targets - start
-    return (column >= 0) & (column < size), column.clamp(0, size - 1)[:, None]
+    return (columns >= 0) & (columns < len(keys)), columns.clamp(0, len(keys) - 1)[:, None]
 
 
-def _word_scores(model: VLM, rows: Tensor, targets: Tensor, chunk: int) -> Scores:
+def _word_scores(model: VLM, rows: Tensor, targets: Tensor, chunk: int, compiled: bool) -> Scores:
     table = model.word_table
     if model.word_bias is not None:
         # The bias is one more coordinate of each word; every row has 1 there.
         table = torch.cat([table, model.word_bias[:, None]], dim=1)
         rows = pad(rows, (0, 1), value=1.0)
-    return chunked_lse(rows, table, targets, chunk)
+    return chunked_lse(rows, table, targets, chunk, compiled=compiled)
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ What lies before the layers (embeddings, the video MLP) still goes over all plac
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +35,23 @@ class Packing:
         kind: See `attention_mask`.
         video_mask: (B, V) bool.
         text_mask: (B, T) bool.
+        places: (N,) int64, the real ones of the B·L places.
+        bounds: (stretches + 1,) int32, where each stretch begins, and the end of the last one; some may be empty.
     """
 
     kind: Attention
     video_mask: Tensor
     text_mask: Tensor
+    places: Tensor
+    bounds: Tensor
 
-    @cached_property
-    def places(self) -> Tensor:
-        """(N,) int64, the real ones of the B·L places."""
-        return real_places(self.video_mask, self.text_mask).flatten().nonzero()[:, 0]
+    @classmethod
+    def of(cls, kind: Attention, video_mask: Tensor, text_mask: Tensor, places: Tensor | None = None) -> Self:
+        """With the places if they are known: to find them is to wait for all that a GPU was given before."""
+        if places is None:
+            places = real_places(video_mask, text_mask).flatten().nonzero()[:, 0]
+        ends = stretches(kind, video_mask, text_mask).cumsum(0, dtype=torch.int32)
+        return cls(kind, video_mask, text_mask, places, torch.nn.functional.pad(ends, (1, 0)))
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +61,7 @@ class Packing:
     @cached_property
     def lengths(self) -> list[int]:
         """Of the stretches, in the order of the places; none is empty."""
-        return [length for length in stretches(self.kind, self.video_mask, self.text_mask).tolist() if length]
+        return [length for length in self.bounds.diff().tolist() if length]
 
     @cached_property
     def inner_masks(self) -> list[Tensor | None]:
@@ -67,12 +74,6 @@ class Packing:
             places[:n] <= places[:n, None].clamp(min=n - after - 1)
             for n, after in zip(self.lengths, words, strict=True)
         ]
-
-    @cached_property
-    def bounds(self) -> Tensor:
-        """(stretches + 1,) int32, where each stretch begins, and the end of the last one; some may be empty."""
-        ends = stretches(self.kind, self.video_mask, self.text_mask).cumsum(0, dtype=torch.int32)
-        return torch.nn.functional.pad(ends, (1, 0))
 
     @cached_property
     def mask(self) -> Tensor:
@@ -110,7 +111,7 @@ def packed_attention(
     parts = [part[0].transpose(0, 1) for part in (query, key, value)]  # (N, H, D/H) each
     if not query.is_cuda:
         out = _stretch_by_stretch(parts, packing, dropout, scaling)
-    elif query.dtype in _FLASH and not dropout and packing.kind != "captioning":
+    elif _fits_flash(parts[0], dropout, packing):
         from torch.nn.attention.varlen import varlen_attn
 
         longest = packing.shape[1]  # or less: a bound that is known without asking the device
@@ -121,6 +122,10 @@ def packed_attention(
         padded = scaled_dot_product_attention(*rows, attn_mask=packing.mask, dropout_p=dropout, scale=scaling)
         out = packing.pack(padded.transpose(1, 2))
     return out[None], None
+
+
+def _fits_flash(query: Tensor, dropout: float, packing: Packing) -> bool:
+    return query.dtype in _FLASH and query.shape[-1] % 8 == 0 and not dropout and packing.kind != "captioning"
 
 
 def _stretch_by_stretch(parts: Sequence[Tensor], packing: Packing, dropout: float, scaling: float | None) -> Tensor:

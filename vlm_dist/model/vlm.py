@@ -119,6 +119,7 @@ class VLM(nn.Module):
         attention: Attention = "full",
         *,
         video_labels: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Hidden states of the last layer, (B, 1 + V + T - 1, D): [CLS], V video places, [SEP], text; zero at padding.
 
@@ -129,11 +130,12 @@ class VLM(nn.Module):
             text_mask: (B, T) bool.
             attention: "full", "isolated" or "captioning" (see `attention_masks`).
             video_labels: (B, V) bool, places whose feature is zeroed before the video MLP (reference facts 1.2).
+            places: (N,) int64, the real ones of the B·L places, where they are known (`ClipBatch.places`).
         """
         if video_labels is not None:
             video = video.masked_fill(video_labels[..., None], 0)
         hidden = self.embed(video, text)
-        packing = Packing(attention, video_mask, text_mask)
+        packing = Packing.of(attention, video_mask, text_mask, places)
         packed: Tensor = self.bert.encoder(packing.pack(hidden)[None], attention_mask=packing).last_hidden_state[0]
         return packing.unpack(packed)
 

@@ -56,6 +56,11 @@ class TrainConfig(_Frozen):
         default="none",
         description="Activations made again in the backward pass: none, cheap (all but the products), whole layers.",
     )
+    compile: bool = Field(
+        default=True,
+        description="Let torch.compile fuse layers and loss of pre-training on GPUs (layers only with recompute none); "
+        "the first steps then take a minute.",
+    )
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
     validate_every: int = Field(default=1024, ge=0, description="Steps between validation losses; 0 only at the end.")

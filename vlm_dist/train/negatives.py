@@ -105,7 +105,7 @@ class Negatives:
         A collective; one more for the features, and for their sizes where they are a sample.
         """
         clips = [micro.clips for micro in micros]
-        visible = sum(int((c.video_mask & ~c.video_labels).sum()) for c in clips)
+        visible = sum(len(c.places.visible_video) for c in clips)
         own = [visible, sum(c.num_masked_text for c in clips), sum(c.num_masked_video for c in clips)]
         counts = distributed.all_gather_counts(own, device)
         everything, num_text, num_video = counts.sum(0).tolist()

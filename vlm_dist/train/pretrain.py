@@ -53,29 +53,34 @@ class PretrainJob:
 
     def build(self, device: torch.device) -> "PretrainObjective":
         """The objective of this rank."""
-        return PretrainObjective(self)
+        return PretrainObjective(self, device)
 
 
 class PretrainModule(nn.Module):
-    """Encoder and loss in one forward pass, so that DeepSpeed sees one module."""
+    """Encoder and loss in one forward pass, so that DeepSpeed sees one module; made for one device."""
 
-    def __init__(self, vlm: VLM, train: TrainConfig) -> None:
+    def __init__(self, vlm: VLM, train: TrainConfig, device: torch.device) -> None:
         super().__init__()
         self.vlm = vlm
         self.train_cfg = train
+        self.compiled = train.compile and device.type == "cuda"
         set_recompute(vlm.bert, train.recompute)
+        if self.compiled and train.recompute == "none":  # what is made again must be seen operation by operation
+            for layer in vlm.bert.encoder.layer:
+                layer.compile(dynamic=True)
 
     def forward(self, micro: MicroBatch, pool: Pool) -> LossSums:
         """Masked-token losses of one micro-batch, with these negatives."""
         batch = micro.clips
         hidden = self.vlm.encode(
-            batch.video, batch.video_mask, batch.text, batch.text_mask, video_labels=batch.video_labels
-        )
+            batch.video, batch.video_mask, batch.text, batch.text_mask,
+            video_labels=batch.video_labels, places=batch.places.real,
+        )  # fmt: skip
         cfg = self.train_cfg
         return masked_token_loss(
             self.vlm, hidden, batch, pool.features, cfg.loss, constant_column=cfg.constant_column,
             chunk=cfg.nce_chunk, shift=pool.shift,
-            videos=(micro.videos, pool.videos) if cfg.nce_other_videos else None,
+            videos=(micro.videos, pool.videos) if cfg.nce_other_videos else None, compiled=self.compiled,
         )  # fmt: skip
 
 
@@ -97,7 +102,7 @@ def rank_clips(global_batch: int, world: int, rank: int, micro: int) -> list[tup
 class PretrainObjective(Objective):
     """Masked-token pre-training under the loop; clips and masks are pure functions of (seed, update)."""
 
-    def __init__(self, job: PretrainJob) -> None:
+    def __init__(self, job: PretrainJob, device: torch.device) -> None:
         self.job = job
         self.reader = FeatureReader.of(job.store, job.reading, job.snapshot)
         folder = self.reader.index.tokenizer_dir
@@ -108,7 +113,7 @@ class PretrainObjective(Objective):
         self.vlm = build_vlm(
             job.init, job.model, self.tokenizer.vocab_size, self.reader.meta.feature_dim, seed=job.train.seed
         )
-        self.module = PretrainModule(self.vlm, job.train)
+        self.module = PretrainModule(self.vlm, job.train, device)
         self.negatives = Negatives(job.train.nce_pool, job.train.nce_other_videos)
         self.optim = job.train.optim
         with np.load(job.split) as split:
@@ -145,8 +150,8 @@ class PretrainObjective(Objective):
         sums: LossSums = engine(micro, pool)
         loss = sums.loss(self.job.train.loss, shared.num_text, shared.num_video) * engine.scale
         report = {name: getattr(sums, name) for name in LossSums.__dataclass_fields__}
-        report["clips"] = report["num_text"].new_tensor(len(micro.clips))
-        report["tokens"] = micro.clips.video_mask.sum() + micro.clips.text_mask.sum()
+        report["clips"] = report["num_text"].new_full((), len(micro.clips))
+        report["tokens"] = report["num_text"].new_full((), len(micro.clips.places.real))
         return loss, report
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:

@@ -227,6 +227,26 @@ def test_saves_only_inputs_for_the_backward_pass():
     assert max(saved) == keys.numel()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("apart", [False, True])
+def test_fused_passes_give_the_same(apart):
+    """GPUs run them; here the compiler makes C++ of them."""
+
+    def run(compiled: bool, rows: int, number: int) -> list[Tensor]:
+        rng = torch.Generator().manual_seed(rows)
+        queries = torch.randn(rows, 24, generator=rng, requires_grad=True)
+        keys = torch.randn(number, 24, generator=rng, requires_grad=True)
+        targets = torch.randint(-1, max(1, number), (rows,), generator=rng) if number else None
+        groups = [torch.randint(0, 3, (size,), generator=rng) for size in (rows, number)]
+        scores = chunked_lse(queries, keys, targets, 100, (groups[0], groups[1]) if apart else None, compiled)
+        ((scores.lse.clamp(min=-9) * torch.arange(rows)).sum() + 3 * scores.target.sum()).backward()
+        return [scores.lse, scores.target, scores.best, scores.best_index, queries.grad, keys.grad]
+
+    for rows, number in ((20, 350), (33, 420), (7, 100), (5, 99), (3, 0)):
+        for found, expected in zip(run(True, rows, number), run(False, rows, number), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_on_a_gpu_accumulates_in_float32(dtype):

@@ -63,7 +63,7 @@ def test_layers_see_real_places_only_and_padding_comes_out_as_zero() -> None:
 
 
 def test_packing_and_back() -> None:
-    packing = Packing("full", BATCH.video_mask, BATCH.text_mask)
+    packing = Packing.of("full", BATCH.video_mask, BATCH.text_mask)
     values = torch.randn(*REAL.shape, 3, 2)
     assert torch.equal(packing.pack(values), values[REAL])
     assert torch.equal(packing.unpack(values[REAL]), values * REAL[..., None, None])
@@ -110,7 +110,7 @@ def test_any_lengths(lengths: list[tuple[int, int, bool, bool]], attention: Atte
     query, key, value = torch.randn(3, *real.shape, 2, 4)
     rows = (part.transpose(1, 2) for part in (query, key, value))
     expected = scaled_dot_product_attention(*rows, attn_mask=mask).transpose(1, 2)[real]
-    packing = Packing(attention, video_mask, text_mask)
+    packing = Packing.of(attention, video_mask, text_mask)
     packed = [packing.pack(part).transpose(0, 1)[None] for part in (query, key, value)]
     found, _ = packed_attention(torch.nn.Module(), *packed, packing)
     torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=0)
@@ -132,13 +132,14 @@ def test_the_bert_inside_can_be_called_as_such() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_kernels_of_gpus_give_the_same(attention: Attention, dtype: torch.dtype) -> None:
-    """In half precision without dropout one call of FlashAttention, else padded rows."""
-    exact = encode(tiny_model(), BATCH, attention)
-    model, batch = tiny_model().to("cuda", dtype), BATCH.to("cuda")
+@pytest.mark.parametrize("heads", [{}, {"hidden_size": 64, "num_heads": 2}])
+def test_kernels_of_gpus_give_the_same(attention: Attention, dtype: torch.dtype, heads: dict[str, int]) -> None:
+    """In half precision without dropout one call of FlashAttention where it takes such heads, else padded rows."""
+    exact = encode(tiny_model(**heads), BATCH, attention)
+    model, batch = tiny_model(**heads).to("cuda", dtype), BATCH.to("cuda")
     hidden = encode(model, batch, attention)
     assert (hidden.float().cpu() - exact).abs().max() < 0.1
-    padded_rows = encode(tiny_model().cuda(), batch, attention)
+    padded_rows = encode(tiny_model(**heads).cuda(), batch, attention)
     torch.testing.assert_close(padded_rows.cpu(), exact, atol=1e-4, rtol=0)
     hidden.float().square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

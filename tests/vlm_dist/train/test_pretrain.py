@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -21,7 +22,7 @@ from vlm_dist.model.checkpoint import load
 from vlm_dist.model.config import ModelConfig
 from vlm_dist.model.origin import read_trained_on
 from vlm_dist.train.config import OptimConfig, TrainConfig
-from vlm_dist.train.pretrain import PretrainJob, PretrainObjective, rank_clips
+from vlm_dist.train.pretrain import PretrainJob, rank_clips
 from vlm_dist.train.schedule import learning_rate, total_steps
 
 VIDEOS = 10
@@ -179,7 +180,7 @@ def test_a_store_without_captions_is_refused(tmp_path: Path, corpus: Path) -> No
     make_store(tmp_path / "store", {"a": random_rows(0, 5)})
     job = _job(corpus, tmp_path)
     with pytest.raises(StoreError, match="has no captions"):
-        PretrainObjective(PretrainJob(**{**vars(job), "store": str(tmp_path / "store")}))
+        PretrainJob(**{**vars(job), "store": str(tmp_path / "store")}).build(torch.device("cpu"))
 
 
 def test_learning_rate_and_length() -> None:
