@@ -28,7 +28,7 @@ class PlainStep(nn.Module):
         video = batch.video.masked_fill(batch.video_labels[..., None], 0)
         seen = attention_mask("full", batch.video_mask, batch.text_mask)
         dtype = model.word_table.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
         hidden = model.bert.encoder(model.embed(video, batch.text), attention_mask=mask).last_hidden_state
         at_video, at_text = model.split(hidden, batch.video.shape[1])
         is_text = batch.text_labels != IGNORE

@@ -123,7 +123,7 @@ def run_pretrain(
 def _what_is_trained(train: dict[str, Any]) -> dict[str, Any]:
     """The training settings that decide the result; how the work is split and logged does not."""
     how = {"micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "max_failures", "threads", "timeout_s",
-           "zero_stage", "nce_chunk", "recompute", "allow_other_features"}  # fmt: skip
+           "zero_stage", "nce_chunk", "compile", "recompute", "allow_other_features"}  # fmt: skip
     return {key: value for key, value in train.items() if key not in how}
 
 

@@ -23,6 +23,8 @@ from vlm_dist.model.vlm import VLM
 
 Loss = Literal["joint", "mfm-mlm"]
 
+CHUNK = {"cpu": 2048, "cuda": 8192}
+"""Keys scored at once where nobody says otherwise: what is launched on a GPU should be large."""
 _FAINTEST = -60.0
 """Logarithm of the smallest share of a key in a gradient, 1e-26. Without it, faint ones are denormal numbers, and CPUs
 multiply matrices of those thirty times as slowly."""
@@ -62,7 +64,7 @@ def masked_token_loss(
     loss: Loss = "joint",
     *,
     constant_column: bool = False,
-    chunk: int = 2048,
+    chunk: int = CHUNK["cpu"],
     shift: float = 0.0,
     videos: tuple[Tensor, Tensor] | None = None,
     compiled: bool = False,

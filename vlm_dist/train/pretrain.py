@@ -20,7 +20,7 @@ from vlm_dist.data.masks import mask_batch
 from vlm_dist.data.rng import ClipKeys
 from vlm_dist.data.sampler import GlobalOrder
 from vlm_dist.errors import ConfigError, StoreError
-from vlm_dist.losses.nce import LossSums, masked_token_loss
+from vlm_dist.losses.nce import CHUNK, LossSums, masked_token_loss
 from vlm_dist.model.checkpoint import build_vlm, save_vlm
 from vlm_dist.model.config import ModelConfig
 from vlm_dist.model.origin import TrainedOn, read_trained_on
@@ -63,6 +63,7 @@ class PretrainModule(nn.Module):
         super().__init__()
         self.vlm = vlm
         self.train_cfg = train
+        self.chunk = train.nce_chunk or CHUNK[device.type]
         self.compiled = train.compile and device.type == "cuda"
         set_recompute(vlm.bert, train.recompute)
         if self.compiled and train.recompute == "none":  # what is made again must be seen operation by operation
@@ -79,7 +80,7 @@ class PretrainModule(nn.Module):
         cfg = self.train_cfg
         return masked_token_loss(
             self.vlm, hidden, batch, pool.features, cfg.loss, constant_column=cfg.constant_column,
-            chunk=cfg.nce_chunk, shift=pool.shift,
+            chunk=self.chunk, shift=pool.shift,
             videos=(micro.videos, pool.videos) if cfg.nce_other_videos else None, compiled=self.compiled,
         )  # fmt: skip
 
