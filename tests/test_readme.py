@@ -50,7 +50,7 @@ def _help(*words: str) -> str:
 def test_commands_have_the_options_that_are_shown(page: Path) -> None:
     for line in re.findall(r"(?m)^vlm-dist ([^#\n]*--[^#\n]*)", page.read_text()):
         words = line.split()
-        depth = 2 if words[0] in ("store", "jobs", "config") else 1
+        depth = 2 if words[0] in ("store", "checkpoint", "jobs", "config") else 1
         shown = {word.split("=")[0] for word in words if re.match("--[a-z]", word)}
         assert [name for name in sorted(shown) if name not in _help(*words[:depth])] == [], line
 

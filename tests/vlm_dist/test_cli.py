@@ -51,10 +51,15 @@ SURFACE = {
     "store migrate": [*COMMON, "--json", "store"],
     "store export": ["--json", "--npy", "--parquet", "folder", "store"],
     "pretrain": [
-        *COMMON, "--gpus", "--init", "--json", "--max-steps", "--new", "--nodes", "--store", "--workers",
+        *COMMON, "--allow-store-change", "--dry-run", "--gpus", "--init", "--json", "--max-hours", "--max-steps",
+        "--nodes", "--resume", "--store", "--workers",
     ],
+    "checkpoint list": [*COMMON, "--json", "run"],
+    "checkpoint verify": [*COMMON, "--json", "run"],
+    "checkpoint export": [*COMMON, "--step", "out", "run"],
+    "checkpoint prune": [*COMMON, "--keep", "run"],
     "finetune": [
-        *COMMON, "--data", "--from", "--gpus", "--json", "--new", "--nodes", "--store", "--workers", "task",
+        *COMMON, "--data", "--from", "--gpus", "--json", "--nodes", "--resume", "--store", "--workers", "task",
     ],
     "evaluate": [*COMMON, "--data", "--from", "--json", "--store", "--zero-shot", "task"],
     "jobs list": [*COMMON, "--json", "--limit"],

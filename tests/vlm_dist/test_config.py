@@ -1,6 +1,7 @@
 """Settings: precedence, origins, refusals, paths, and the file that `init` writes."""
 
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -162,3 +163,19 @@ def test_pattern_knows_tasks_of_any_name() -> None:
     assert pattern("data.my-task.data") == "data.*.data"
     assert pattern("data.*.data") == "data.*.data"
     assert pattern("data.coin") is None
+
+
+def test_the_papers_values_are_settings(tmp_path: Path) -> None:
+    """examples/paper.toml as a file of settings: what is marked there differs from the defaults, nothing else."""
+    example = Path(__file__).resolve().parents[2] / "examples" / "paper.toml"
+    shutil.copy(example, tmp_path / "vlm-dist.toml")
+    ours, plain = load_settings(tmp_path, env={}), Settings()
+    assert sum(origin != "default" for origin in ours.origins.values()) > 20
+    marked = set(re.findall(r"^(\w+) = .*\[differs\]$", example.read_text(), re.MULTILINE))
+    before = dict(plain.items())
+    changed = {
+        key.rpartition(".")[2]
+        for key, value in ours.settings.items()
+        if before[key] not in (value, None, "auto") and key not in ("store", "runs")
+    }
+    assert changed == marked == {"head", "whole_text", "global_batch"}

@@ -44,6 +44,7 @@ COMMANDS = {
     "store": Entry("vlm_dist.cli.store:app", "A feature store: info, verify, failures, import, export.", _DATA),
     "pretrain": Entry("vlm_dist.cli.pretrain:pretrain", "A feature store -> a pre-trained model.", _MODEL),
     "finetune": Entry("vlm_dist.cli.finetune:finetune", "A pre-trained model -> an end task.", _MODEL),
+    "checkpoint": Entry("vlm_dist.cli.checkpoint:app", "A run's checkpoints: list, verify, export, prune.", _MODEL),
     "evaluate": Entry("vlm_dist.cli.evaluate:evaluate", "A model -> metrics on an end task.", _MODEL),
     "jobs": Entry("vlm_dist.cli.jobs:app", "List the runs of this workspace.", _RUNS),
     "compare": Entry("vlm_dist.cli.compare:compare", "Put runs beside the paper's numbers.", _RUNS),

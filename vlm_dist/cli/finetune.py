@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlm_dist.cli.context import Context, TrainingView
 from vlm_dist.cli.evaluate import (
@@ -21,9 +21,9 @@ from vlm_dist.cli.options import (
     CpuWorkers,
     Gpus,
     Json,
-    New,
     Nodes,
     Overrides,
+    Resume,
     Source,
     TaskName,
     TaskStore,
@@ -41,7 +41,7 @@ def finetune(
     nodes: Nodes = 1,
     gpus: Gpus = None,
     workers: CpuWorkers = 1,
-    new: New = False,
+    resume: Resume = "auto",
     workspace: Workspace = HERE,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -58,7 +58,7 @@ def finetune(
     """
     context = Context.open(workspace, overrides, {f"data.{task}.store": store, f"data.{task}.data": data})
     with prose_on_stderr(as_json):
-        result = run_finetune(context, task, source, nodes, gpus, workers, new=new)
+        result = run_finetune(context, task, source, nodes, gpus, workers, resume=resume)
     if as_json:
         print_json(result)
 
@@ -71,7 +71,7 @@ def run_finetune(
     gpus: int | None = 0,
     workers: int = 1,
     *,
-    new: bool = False,
+    resume: Literal["auto", "must", "never"] = "auto",
 ) -> dict[str, Any]:
     """Fine-tune and test as one tracked run; prints the metrics and returns them."""
     from cluster.ray_local import ray_session
@@ -96,9 +96,12 @@ def run_finetune(
         "options": options.model_dump(exclude={"data", "store"}), "finetune": settings.finetune.model_dump(),
         "optim": settings.train.optim.model_dump(), "seed": settings.train.seed, "precision": settings.train.precision,
     }  # fmt: skip
-    folder = RunFolder.for_identity(context.runs, f"finetune-{task}", identity, new=new)
+    folder = RunFolder.for_identity(context.runs, f"finetune-{task}", identity, resume)
     if folder.finished:
-        print(f"Nothing to do: {folder.path.name} is finished; its model is {folder.model}. Type --new to train again.")
+        print(
+            f"Nothing to do: {folder.path.name} is finished; its model is {folder.model}. "
+            "Type --resume never to train again."
+        )
         metrics = folder.record.get("metrics", {})
         print_metrics(task, metrics)
         return {"run": folder.record.get("run"), "model": str(folder.model), "metrics": metrics}

@@ -1,7 +1,7 @@
 """Options that several commands share, written once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,7 +35,14 @@ Gpus = Annotated[
     int | None, typer.Option("--gpus", min=0, help="GPUs of each machine; 0 trains on CPUs (default: all).")
 ]
 CpuWorkers = Annotated[int, typer.Option("--workers", min=1, help="CPU workers when there are no GPUs.")]
-New = Annotated[bool, typer.Option("--new", help="Train again, although this very run exists.")]
+Resume = Annotated[
+    Literal["auto", "must", "never"],
+    typer.Option(
+        "--resume",
+        help="This very run exists: go on with it, begin only where there is none; or refuse to begin; or "
+        "leave it and train again.",
+    ),
+]
 
 HERE = Path()
 """Default of `Workspace`."""

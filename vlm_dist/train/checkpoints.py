@@ -82,6 +82,10 @@ def put_whole(folder: Path, write: Callable[[Path], Any]) -> None:
     _remove_strays(folder.parent, f".{folder.name.partition('-')[0]}-*")
 
 
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _remove_strays(folder: Path, pattern: str) -> None:
     """Remove attempts that a killed process left behind."""
     for stray in folder.glob(pattern):
@@ -112,8 +116,12 @@ class CheckpointFolder:
         """Whether there were checkpoints and none is left: to begin again would throw the run away unasked."""
         return not self.committed() and any(self.root.glob("damaged-*"))
 
-    def save(self, step: int, state: EngineState, extra: dict[str, Any]) -> Checkpoint:
+    def save(
+        self, step: int, state: EngineState, extra: dict[str, Any], about: dict[str, Any] | None = None
+    ) -> Checkpoint:
         """Write and commit a checkpoint; the last good one is removed only afterwards.
+
+        `extra` comes back from `load`; `about` is for people and tools that read the manifest.
 
         Errors: CheckpointError when the disk refuses (what was there stays).
         """
@@ -128,7 +136,7 @@ class CheckpointFolder:
                 json.dumps({"step": step, "counters": state.counters, **extra}, indent=1)
             )
             files = {p.name: {"bytes": p.stat().st_size, "blake2b": digest_file(p)} for p in sorted(staging.iterdir())}
-            (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+            (staging / MANIFEST).write_text(json.dumps({"step": step, **(about or {}), "files": files}, indent=1))
             for path in [*staging.iterdir(), staging]:
                 sync(path)
             try:
@@ -146,18 +154,35 @@ class CheckpointFolder:
         self._prune()
         return Checkpoint(final, step)
 
+    def prune_to(self, keep: int) -> int:
+        """Remove all but the newest `keep` checkpoints that verify, and what was moved aside as damaged.
+
+        Bytes that it freed. Errors: CheckpointError when no checkpoint verifies: then nothing is removed.
+        """
+        whole = [checkpoint for checkpoint in self.committed() if not self.check(checkpoint)]
+        if not whole:
+            raise CheckpointError(f"no checkpoint in {self.root} is whole: nothing was removed")
+        before = _bytes_in(self.root)
+        kept = {checkpoint.path for checkpoint in whole[-keep:]}
+        for path in [*(c.path for c in self.committed() if c.path not in kept), *self.root.glob("damaged-*")]:
+            shutil.rmtree(path, ignore_errors=True)
+        self.keep = keep
+        self._prune()
+        return before - _bytes_in(self.root)
+
     def _prune(self) -> None:
         for old in self.committed()[: -self.keep]:
             shutil.rmtree(old.path, ignore_errors=True)
         # Each checkpoint that is kept needs its own: the newest may turn out damaged, and the older is gone on from.
-        needed = {self.best(step) for step in map(self._best_step, self.committed()) if step is not None}
+        needed = {self.best(step) for step in map(self.best_step, self.committed()) if step is not None}
         for best in set(self.root.glob("best-*")) - needed:
             shutil.rmtree(best, ignore_errors=True)
         for pattern in (".staging-*", ".best-*"):
             _remove_strays(self.root, pattern)
 
     @staticmethod
-    def _best_step(checkpoint: Checkpoint) -> int | None:
+    def best_step(checkpoint: Checkpoint) -> int | None:
+        """The step of the best validation before a checkpoint; None where there was none, or it is damaged."""
         try:
             best = json.loads((checkpoint.path / "state.json").read_text()).get("best")
         except (OSError, ValueError):
@@ -165,20 +190,31 @@ class CheckpointFolder:
         return int(best["step"]) if best else None
 
     @staticmethod
-    def check(checkpoint: Checkpoint) -> str:
-        """What is wrong with a checkpoint, in words; empty when every digest agrees."""
+    def manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+        """What a checkpoint says of itself. Errors: CheckpointError when it says nothing that can be read."""
         try:
             manifest = json.loads((checkpoint.path / MANIFEST).read_text())
-            files: dict[str, dict[str, Any]] = manifest["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"{MANIFEST} is missing or unreadable ({error})"
-        for name, claim in files.items():
+            if all({"bytes", "blake2b"} <= set(claim) for claim in manifest["files"].values()):
+                return manifest
+            reason = "a file without size or digest"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error
+        raise CheckpointError(f"{MANIFEST} is missing or unreadable ({reason})")
+
+    @staticmethod
+    def check(checkpoint: Checkpoint, *, deep: bool = True) -> str:
+        """What is wrong with a checkpoint, in words; empty when every size, and with `deep` every digest, agrees."""
+        try:
+            manifest = CheckpointFolder.manifest(checkpoint)
+        except CheckpointError as error:
+            return str(error)
+        for name, claim in manifest["files"].items():
             path = checkpoint.path / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != claim["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, its manifest says {claim['bytes']}"
-            if digest_file(path) != claim["blake2b"]:
+            if deep and digest_file(path) != claim["blake2b"]:
                 return f"{name} does not have the digest that its manifest says"
         return ""
 

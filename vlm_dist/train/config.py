@@ -63,6 +63,9 @@ class TrainConfig(_Frozen):
         description="Let torch.compile fuse layers and loss of pre-training on GPUs (layers only with recompute none); "
         "the first steps then take a minute.",
     )
+    max_hours: float = Field(
+        default=0.0, ge=0, description="The command stops with a checkpoint after so many hours; 0 never."
+    )
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
     validate_every: int = Field(default=1024, ge=0, description="Steps between validation losses; 0 only at the end.")

@@ -194,6 +194,14 @@ class Engine:
         start = rank() * partition.numel()
         return flat[start : start + partition.numel()].to(partition)
 
+    def weights_hash(self) -> int:
+        """A number of 63 bits that all ranks share as long as their weights are the same to the last bit."""
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for _, p in self._named_parameters():
+            bits = p.detach().view(torch.int16 if p.element_size() == 2 else torch.int32)
+            total = total * 1_000_003 + bits.sum(dtype=torch.int64)
+        return int(total)
+
     def export_weights(self) -> dict[str, Tensor]:
         """Whole fp32 weights, equal on every rank (a collective: every rank must call it)."""
         weights: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
 """Task + pre-trained model -> a fine-tuned model: what one end task trains (paper section 4, reference facts 4)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,8 @@ class FinetuneJob:
     out: str
     train: TrainConfig
     finetune: FinetuneConfig
+    about: dict[str, str] = field(default_factory=dict[str, str])
+    deadline: float | None = None
 
     def build(self, device: torch.device) -> "FinetuneObjective":
         """The objective of this rank."""

@@ -1,38 +1,33 @@
 """Batches + engine -> trained weights: the one training loop, for pre-training and every end task.
 
 An `Objective` says what is trained: which batches a step has, what its loss is, how it is validated and exported.
-The loop says how: prefetch, accumulate, update, report, validate, save, resume.
+The loop says how: prefetch, accumulate, update, report, validate, save, go back where nothing is finite any more.
 """
 
 import hashlib
+import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlm_dist.errors import TrainingError
+from vlm_dist.errors import CheckpointError, TrainingError
 from vlm_dist.train import distributed
-from vlm_dist.train.checkpoints import CheckpointFolder, put_whole
+from vlm_dist.train.checkpoints import Checkpoint, CheckpointFolder, put_whole
 from vlm_dist.train.config import OptimConfig, TrainConfig
 from vlm_dist.train.engine import Engine
+from vlm_dist.train.feed import Feed
+from vlm_dist.train.ledger import Ledger
+from vlm_dist.train.saver import Saver
 from vlm_dist.train.schedule import learning_rate
 
 NON_FINITE_LIMIT = 12  # DeepSpeed itself gives up at the smallest loss scale, after 15 and in words of its own
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What a run says of itself every `log_every` steps: means over the steps since the last report."""
-
-    step: int
-    values: dict[str, float]
+GOING_BACK_LIMIT = 3  # windows of the data that a run may leave out
 
 
 class Objective(ABC):
@@ -48,7 +43,7 @@ class Objective(ABC):
 
     @abstractmethod
     def micro_batches(self, step: int) -> list[Any]:
-        """This rank's batches of an update, on the CPU (called ahead of time, in a thread)."""
+        """This rank's batches of the update at a position, on the CPU (called ahead of time, in a thread)."""
 
     @abstractmethod
     def prepare(self, micros: list[Any], engine: Engine) -> tuple[list[Any], Any]:
@@ -70,6 +65,10 @@ class Objective(ABC):
         """Whether these validation metrics choose a new best model; never by default (the last one is exported)."""
         return False
 
+    def origin_of(self, position: int) -> dict[str, Any]:
+        """What the batches of a position were made of, as JSON, for people who look for what broke an update."""
+        return {}
+
     @abstractmethod
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write the trained model (called on rank 0)."""
@@ -80,63 +79,23 @@ class Progress:
     """Where a run stands; all of it is in a checkpoint."""
 
     step: int = 0
+    """Updates that are done."""
     best: dict[str, float] | None = None
+    left_out: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    """First and last position of each window of the data that is not trained on, ascending."""
+
+    def position(self, later: int = 0) -> int:
+        """Where in the data the update stands that comes `later` updates after the next one."""
+        position = self.step + later
+        for first, last in self.left_out:
+            if position >= first:
+                position += last - first + 1
+        return position
 
 
-class Ledger:
-    """Sums since the last report, and where the time went."""
-
-    def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.started = time.perf_counter()
-        self.waited = 0.0
-
-    @contextmanager
-    def paused(self) -> Generator[None]:
-        """Leave the block's time out of the rates: validating and saving are not training."""
-        before = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - before
-
-    def add(self, sums: dict[str, Tensor]) -> None:
-        for key, value in sums.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value.detach().double()
-
-    def report(self, step: int, objective: Objective, engine: Engine, extra: dict[str, float]) -> StepReport:
-        """Means over ranks since the last report (a collective), then start afresh."""
-        keys = sorted(self.sums)
-        joined = distributed.all_sum(torch.stack([self.sums[k].reshape(()) for k in keys]).to(engine.device))
-        seconds = max(1e-9, time.perf_counter() - self.started)
-        sums = dict(zip(keys, joined.tolist(), strict=True))
-        values = {f"train/{k}": v for k, v in objective.summarise(sums).items()}
-        for key in ("clips", "tokens"):
-            if key in sums:
-                values[f"train/{key}_per_s"] = sums[key] / seconds
-        values["train/data_wait_frac"] = self.waited / seconds
-        values |= {f"train/{k}": v for k, v in extra.items()}
-        self._clear()
-        return StepReport(step, values)
-
-
-def _prefetched(objective: Objective, start: int, waited: Callable[[float], None]) -> Iterator[tuple[int, list[Any]]]:
-    """(step, batches) with the next two steps' batches loading in a thread meanwhile."""
-    with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
-        queue: list[Future[list[Any]]] = []
-        for step in range(start, objective.total_steps):
-            while len(queue) < 3 and step + len(queue) < objective.total_steps:
-                queue.append(pool.submit(objective.micro_batches, step + len(queue)))
-            before = time.perf_counter()
-            batches = queue.pop(0).result()
-            waited(time.perf_counter() - before)
-            yield step, batches
-
-
-def _seed_dropout(seed: int, step: int, micro: int) -> None:
-    """Dropout as a pure function of (seed, step, micro-batch, rank): a resumed run drops what it would have dropped."""
-    key = f"{seed}/{step}/{micro}/{distributed.rank()}".encode()
+def _seed_dropout(seed: int, position: int, micro: int) -> None:
+    """Dropout as a pure function of (seed, position, micro-batch, rank): a resumed run drops what it would have."""
+    key = f"{seed}/{position}/{micro}/{distributed.rank()}".encode()
     torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
 
 
@@ -147,45 +106,99 @@ def train(
     folder: CheckpointFolder,
     progress: Progress,
     emit: Callable[[str, Any], None],
+    *,
+    about: dict[str, Any] | None = None,
+    deadline: float | None = None,
 ) -> Progress:
-    """Run steps `progress.step` … `objective.total_steps`; every rank calls it.
+    """Run steps `progress.step` … `objective.total_steps`, or until the deadline; every rank calls it.
 
     `emit(kind, payload)` is called on rank 0 with ("step", StepReport), ("validation", {...}), ("checkpoint", path) and
-    ("warning", text). Errors: TrainingError when the loss stays non-finite.
+    ("warning", text); `about` is what checkpoints say of the run; `deadline` is a time of the clock (`time.time`).
+    Errors: TrainingError when gradients stay non-finite, or the ranks' weights differ.
     """
-    ledger = Ledger()
-    non_finite = 0
-
-    def waited(seconds: float) -> None:
-        ledger.waited += seconds
-
-    for step, batches in _prefetched(objective, progress.step, waited):
-        micros, shared = objective.prepare(batches, engine)
-        outcome = None
-        for number, micro in enumerate(micros):
-            _seed_dropout(cfg.seed, step, number)
-            loss, sums = objective.loss(engine, micro, shared)
-            engine.backward(loss)
-            ledger.add(sums)
-            outcome = engine.update(learning_rate(engine.applied, objective.optim))
-        assert outcome is not None, "the number of micro-batches is not the engine's accumulation"
-        progress.step = step + 1
-        non_finite = non_finite + 1 if outcome.skipped else 0
-        if non_finite >= NON_FINITE_LIMIT:
-            raise TrainingError(
-                f"{NON_FINITE_LIMIT} updates in a row had a non-finite gradient, the last at step {step}"
-            )
-        last = progress.step == objective.total_steps
-        if progress.step % cfg.log_every == 0 or last:
-            extra = {"lr": learning_rate(engine.applied - 1, objective.optim), "grad_norm": outcome.grad_norm,
-                     "loss_scale": outcome.loss_scale, "skipped_steps": float(engine.skipped)}  # fmt: skip
-            emit("step", ledger.report(progress.step, objective, engine, extra))
-        with ledger.paused():
-            if last or (objective.validate_every and progress.step % objective.validate_every == 0):
-                _validate(objective, engine, progress, folder, emit)
-            if last or progress.step % cfg.checkpoint_every == 0:
-                save(engine, folder, progress, emit)
+    ledger, infinite, end = Ledger(), list[int](), objective.total_steps
+    with Feed(objective.micro_batches, end) as feed, Saver(folder, about or {}, cfg.checkpoint_every, emit) as saver:
+        while progress.step < end:
+            position = progress.position()
+            batches, waited = feed.take(position, progress.position)
+            ledger.waited += waited
+            micros, shared = objective.prepare(batches, engine)
+            outcome = None
+            for number, micro in enumerate(micros):
+                _seed_dropout(cfg.seed, position, number)
+                loss, sums = objective.loss(engine, micro, shared)
+                engine.backward(loss)
+                ledger.add(sums)
+                outcome = engine.update(learning_rate(engine.applied, objective.optim))
+            assert outcome is not None, "the number of micro-batches is not the engine's accumulation"
+            progress.step += 1
+            infinite = [*infinite, position] if outcome.skipped else []
+            if len(infinite) >= NON_FINITE_LIMIT:
+                saver.wait()
+                progress, infinite = _go_back(objective, engine, folder, infinite, emit), []
+                continue
+            over = progress.step == end
+            if progress.step % cfg.log_every == 0 or over:
+                extra = {"lr": learning_rate(engine.applied - 1, objective.optim), "grad_norm": outcome.grad_norm,
+                         "loss_scale": outcome.loss_scale, "skipped_steps": float(engine.skipped)}  # fmt: skip
+                emit("step", ledger.report(progress.step, objective.summarise, engine.device, extra))
+                over = over or (deadline is not None and distributed.of_rank_zero(time.time() >= deadline))
+            with ledger.paused():
+                if progress.step == end or (objective.validate_every and progress.step % objective.validate_every == 0):
+                    saver.wait()  # it may be about to remove best models that no checkpoint refers to
+                    _validate(objective, engine, progress, folder, emit)
+                if over or (not infinite and saver.due(progress.step)):  # among bad updates there's nothing to keep
+                    saver.save(engine, progress.step, {"best": progress.best, "left_out": progress.left_out})
+            if over:
+                break
+    distributed.barrier()
     return progress
+
+
+def _go_back(
+    objective: Objective, engine: Engine, folder: CheckpointFolder, window: list[int], emit: Callable[[str, Any], None]
+) -> Progress:
+    """To the newest checkpoint, after which the window's data is left out; what it was made of is written down."""
+    first, last = window[0], window[-1]
+    what = f"{len(window)} updates in a row ({first} to {last}) had a non-finite gradient"
+    progress = restore(engine, folder, emit)
+    if not progress.step:
+        raise TrainingError(f"{what}, and there is no checkpoint to go back to: lower train.optim.lr, or take bf16")
+    if len(progress.left_out) >= GOING_BACK_LIMIT:
+        raise TrainingError(f"{what}, after {len(progress.left_out)} windows of the data were left out for it already")
+    progress.left_out = sorted([*progress.left_out, (first, last)])
+    if distributed.rank() == 0:
+        record = folder.root / "left-out.jsonl"
+        with record.open("a", encoding="utf-8") as file:
+            for position in window:
+                file.write(json.dumps({"position": position, **objective.origin_of(position)}) + "\n")
+        emit("warning", f"{what}: back to step {progress.step}, and that data is left out; it is listed in {record}")
+    distributed.barrier()
+    return progress
+
+
+def restore(engine: Engine, folder: CheckpointFolder, emit: Callable[[str, Any], None]) -> Progress:
+    """Load the newest checkpoint that verifies (a collective).
+
+    Errors: CheckpointError when all are damaged, now or at an earlier attempt.
+    """
+    found: tuple[Checkpoint | None, list[str], bool] = (None, [], False)
+    if distributed.rank() == 0:
+        found = (*folder.newest(), folder.all_damaged)
+    checkpoint, complaints, all_damaged = distributed.of_rank_zero(found)
+    for complaint in complaints:
+        emit("warning", complaint)
+    if all_damaged:
+        why = complaints[0] if complaints else "what there was has been moved to damaged-…"
+        raise CheckpointError(
+            f"no checkpoint in {folder.root} is whole: {why}. Type the command with --resume never to start again"
+        )
+    if checkpoint is None:
+        return Progress()
+    state, extra = folder.load(checkpoint)
+    engine.load_state(state)
+    emit("resumed", {"step": checkpoint.step, "path": str(checkpoint.path)})
+    return Progress(checkpoint.step, extra.get("best"), [(first, last) for first, last in extra.get("left_out", [])])
 
 
 def _validate(
@@ -198,16 +211,13 @@ def _validate(
         return
     emit("validation", {"step": progress.step, **metrics})
     if objective.better(metrics, progress.best):
-        progress.best = {"step": progress.step, **metrics}
-        weights = engine.export_weights()
+        weights, refused = engine.export_weights(), ""
         if distributed.rank() == 0:
-            put_whole(folder.best(progress.step), lambda path: objective.export(weights, path))
-
-
-def save(engine: Engine, folder: CheckpointFolder, progress: Progress, emit: Callable[[str, Any], None]) -> None:
-    """Commit a checkpoint of this very moment (a collective; rank 0 writes)."""
-    state = engine.export_state()
-    if distributed.rank() == 0:
-        saved = folder.save(progress.step, state, {"best": progress.best})
-        emit("checkpoint", str(saved.path))
-    distributed.barrier()
+            try:
+                put_whole(folder.best(progress.step), lambda path: objective.export(weights, path))
+            except CheckpointError as error:
+                refused = str(error)
+        if refused := distributed.of_rank_zero(refused):
+            emit("warning", f"{refused}. Training goes on with the best model before this one; make room")
+        else:
+            progress.best = {"step": progress.step, **metrics}

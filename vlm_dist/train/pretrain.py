@@ -1,7 +1,7 @@
 """Clips + masks + VLM + loss -> a pre-trained model: what pre-training trains (paper section 3, Eq. 1-9)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class PretrainJob:
     clips: ClipConfig
     masks: MaskConfig
     train: TrainConfig
+    about: dict[str, str] = field(default_factory=dict[str, str])
+    deadline: float | None = None
 
     def build(self, device: torch.device) -> "PretrainObjective":
         """The objective of this rank."""
@@ -199,6 +201,11 @@ class PretrainObjective(Objective):
         """By the lowest validation loss, as the reference chooses its models; never with `train.select` last."""
         loss = "validation/loss"
         return self.job.train.select == "best" and (best is None or metrics[loss] < best[loss])
+
+    def origin_of(self, position: int) -> dict[str, Any]:
+        """The videos of the update's clips."""
+        names = self.reader.index.id_list()
+        return {"videos": [names[row].decode() for row in np.unique(self.order.keys(position).video)]}
 
     @cached_property
     def trained_on(self) -> TrainedOn:

@@ -10,11 +10,18 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlm_dist.errors import CheckpointError, ConfigError, TrainingError
 
 RECORD = "run.json"
+Resume = Literal["auto", "must", "never"]
+_CONTENT = ("store", "videos")  # parts of an identity that say what is in the store
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """Of what is trained, in hex."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -28,7 +35,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CheckpointError(
             f"{folder / RECORD} is damaged ({record}); remove it, and the command goes on from the run's "
-            "checkpoints, or type --new for another run"
+            "checkpoints, or type --resume never for another run"
         )
     return record
 
@@ -41,15 +48,47 @@ class RunFolder:
         self.record = read_record(path)
 
     @classmethod
-    def for_identity(cls, runs: Path, kind: str, identity: Mapping[str, Any], *, new: bool = False) -> "RunFolder":
-        """The folder of the run that `identity` (JSON-able) describes; with `new` the next free one of that name."""
-        text = json.dumps(identity, sort_keys=True, default=str)
-        name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    def for_identity(cls, runs: Path, kind: str, identity: Mapping[str, Any], resume: Resume = "auto") -> "RunFolder":
+        """The folder of the run that `identity` (JSON-able) describes.
+
+        Args:
+            runs: folder of all runs.
+            kind: beginning of its name.
+            identity: what is trained.
+            resume: "never" takes the next free folder of that name; "must" one that there is something to go on from.
+
+        Raises:
+            ConfigError: there is none, and there must be.
+        """
+        name = f"{kind}-{digest_of(identity)[:8]}"
         path, number = runs / name, 1
-        while new and path.exists():
+        while resume == "never" and path.exists():
             number += 1
             path = runs / f"{name}-{number}"
-        return cls(path)
+        found = cls(path)
+        if resume == "must" and not found.finished and not any((path / "checkpoints").glob("step_*")):
+            others = sorted(folder.name for folder in runs.glob(f"{kind}-*") if any(folder.glob("checkpoints/step_*")))
+            raise ConfigError(
+                f"--resume must: there is no checkpoint in {path}, where a run of these very settings would lie; "
+                f"runs with checkpoints: {', '.join(others) or 'none'}. Leave --resume out to begin"
+            )
+        return found
+
+    @classmethod
+    def of_changed_store(cls, runs: Path, kind: str, identity: Mapping[str, Any]) -> "RunFolder | None":
+        """A run with checkpoints that differs from `identity` by the store's content alone; first one that does not
+        differ any more, because it once went on with a changed store."""
+        ours = json.loads(json.dumps(identity, default=str))
+        found: list[RunFolder] = []
+        for path in sorted(runs.glob(f"{kind}-*")):
+            known = read_record(path).get("identity")
+            if known == ours:
+                return cls(path)
+            if not isinstance(known, dict) or not any(path.glob("checkpoints/step_*")):
+                continue
+            if {key: known.get(key) for key in ours} == {**ours, **{key: known.get(key) for key in _CONTENT}}:
+                found.append(cls(path))
+        return next((run for run in found if not run.finished), None)
 
     @property
     def finished(self) -> bool:
@@ -90,7 +129,8 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise TrainingError(
-                    f"{self.path.name} is being trained by another process; wait for it, or type --new for a second run"
+                    f"{self.path.name} is being trained by another process; wait for it, or type --resume never for a "
+                    "second run"
                 ) from None
             self.__init__(self.path)
             yield

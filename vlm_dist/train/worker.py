@@ -10,12 +10,11 @@ from typing import Any, Protocol
 
 import torch
 
-from vlm_dist.errors import CheckpointError
 from vlm_dist.train import distributed
-from vlm_dist.train.checkpoints import Checkpoint, CheckpointFolder, put_whole
+from vlm_dist.train.checkpoints import CheckpointFolder, put_whole
 from vlm_dist.train.config import TrainConfig
 from vlm_dist.train.engine import Engine, resolve_precision
-from vlm_dist.train.loop import Objective, Progress, train
+from vlm_dist.train.loop import Objective, restore, train
 
 Emit = Callable[[str, Any], None]
 
@@ -33,6 +32,16 @@ class TrainJob(Protocol):
         """Settings of the loop and the engine."""
         ...
 
+    @property
+    def about(self) -> dict[str, str]:
+        """What checkpoints say of the run: the store's fingerprint, a digest of what is trained, versions."""
+        ...
+
+    @property
+    def deadline(self) -> float | None:
+        """Time of the clock (`time.time`) at which the run stops with a checkpoint; None: it runs to its end."""
+        ...
+
     def build(self, device: torch.device) -> Objective:
         """The objective of this rank (torch.distributed is initialised, or this process is alone)."""
         ...
@@ -43,34 +52,11 @@ class TrainOutcome:
     """End of a run, as rank 0 tells it."""
 
     model: str
+    """Folder of the exported model; empty where the deadline came first."""
     step: int
     metrics: dict[str, float]
     resumed_from: int
     train_seconds: float
-
-
-def restore(engine: Engine, folder: CheckpointFolder, emit: Emit) -> Progress:
-    """Load the newest checkpoint that verifies (a collective).
-
-    Errors: CheckpointError when all are damaged, now or at an earlier attempt.
-    """
-    found: tuple[Checkpoint | None, list[str], bool] = (None, [], False)
-    if distributed.rank() == 0:
-        found = (*folder.newest(), folder.all_damaged)
-    checkpoint, complaints, all_damaged = distributed.of_rank_zero(found)
-    for complaint in complaints:
-        emit("warning", complaint)
-    if all_damaged:
-        why = complaints[0] if complaints else "what there was has been moved to damaged-…"
-        raise CheckpointError(
-            f"no checkpoint in {folder.root} is whole: {why}. Type the command with --new to start again"
-        )
-    if checkpoint is None:
-        return Progress()
-    state, extra = folder.load(checkpoint)
-    engine.load_state(state)
-    emit("resumed", {"step": checkpoint.step, "path": str(checkpoint.path)})
-    return Progress(step=checkpoint.step, best=extra.get("best"))
 
 
 def run_rank(job: TrainJob, device: torch.device, emit: Emit) -> TrainOutcome:
@@ -109,7 +95,12 @@ def run_rank(job: TrainJob, device: torch.device, emit: Emit) -> TrainOutcome:
             metrics.update(payload.values)
         emit(kind, payload)
 
-    progress = train(objective, engine, job.train, folder, progress, remember)
+    about = {"world": distributed.world_size(), "global_batch": job.train.global_batch, **job.about}
+    progress = train(
+        objective, engine, job.train, folder, progress, remember, about=about, deadline=job.deadline
+    )  # fmt: skip
+    if progress.step < objective.total_steps:
+        return TrainOutcome("", progress.step, metrics, resumed_from, time.perf_counter() - started)
     weights = engine.export_weights()
     if distributed.rank() == 0:
         chosen = folder.best(int(progress.best["step"])) if progress.best else None

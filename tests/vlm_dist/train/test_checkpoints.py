@@ -12,7 +12,7 @@ import torch
 from tests.vlm_dist.tasks.world import make_tokenizer, make_vlm
 from tests.vlm_dist.train.ranks import run_ranks
 from tests.vlm_dist.train.toy import ToyJob, ToyObjective
-from vlm_dist.errors import CheckpointError
+from vlm_dist.errors import CheckpointError, ConfigError
 from vlm_dist.model.checkpoint import save_vlm
 from vlm_dist.train.checkpoints import STRAY_SECONDS, CheckpointFolder, put_whole
 from vlm_dist.train.config import TrainConfig
@@ -42,7 +42,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_stays_an_error(tmp_path: Path) 
         kind, said = run_ranks(1, _train, job)[0][-1]
         assert kind == "error", "the second attempt must not begin at step 0 either"
         assert attempt in said
-        assert "--new" in said
+        assert "--resume never" in said
 
 
 def test_folders_of_other_names_are_no_checkpoints(tmp_path: Path) -> None:
@@ -145,3 +145,68 @@ def test_rates_leave_validation_and_saving_out(tmp_path: Path) -> None:
     rates = {p.step: p.values["train/clips_per_s"] for kind, p in events if kind == "step"}
     # Validated after step 10: two steps of 8 clips are reported at 12, and take far less than the validation.
     assert rates[12] > 16 / 0.75
+
+
+def _steps(folder: CheckpointFolder) -> list[int]:
+    return [checkpoint.step for checkpoint in folder.committed()]
+
+
+def test_pruning_keeps_what_verifies(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=9)
+    for step in (2, 4, 6, 8):
+        folder.save(step, STATE, {}, {"world": 3})
+    assert CheckpointFolder.manifest(folder.committed()[0])["world"] == 3
+    (tmp_path / "step_00000008" / "optimizer.safetensors").write_bytes(b"x")
+    (tmp_path / "damaged-step_00000001-ab").mkdir()
+    assert folder.prune_to(2) > 0
+    assert _steps(folder) == [4, 6]
+    assert not list(tmp_path.glob("damaged-*"))
+    for step in (4, 6):
+        (tmp_path / f"step_{step:08d}" / "MANIFEST.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="nothing was removed"):
+        folder.prune_to(1)
+    assert _steps(folder) == [4, 6]
+
+
+def test_digests_are_compared_only_when_asked(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    saved = folder.save(1, STATE, {})
+    file = saved.path / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert CheckpointFolder.check(saved, deep=False) == ""
+    assert "digest" in CheckpointFolder.check(saved)
+    file.unlink()
+    assert "missing" in CheckpointFolder.check(saved, deep=False)
+
+
+def test_only_what_there_is_can_be_gone_on_with(tmp_path: Path) -> None:
+    identity = {"store": "a", "videos": "b", "train": {"lr": 1}}
+    with pytest.raises(ConfigError, match=r"no checkpoint in .*runs with checkpoints: none"):
+        RunFolder.for_identity(tmp_path, "pretrain", identity, "must")
+    run = RunFolder.for_identity(tmp_path, "pretrain", identity)
+    with run.locked():
+        run.write(identity=identity, status="unfinished")
+    CheckpointFolder(run.path / "checkpoints").save(1, STATE, {})
+    assert RunFolder.for_identity(tmp_path, "pretrain", identity, "must").path == run.path
+    assert RunFolder.for_identity(tmp_path, "pretrain", identity, "never").path.name == f"{run.path.name}-2"
+
+
+def test_a_run_on_another_state_of_the_store_is_found(tmp_path: Path) -> None:
+    identity = {"store": "a", "videos": "b", "train": {"lr": 1, "betas": (0.9, 0.98)}}
+    run = RunFolder.for_identity(tmp_path, "pretrain", identity)
+    with run.locked():
+        run.write(identity=identity, status="unfinished")
+    grown = {**identity, "store": "a2", "videos": "b2"}
+    assert RunFolder.of_changed_store(tmp_path, "pretrain", grown) is None, "it has no checkpoint"
+    CheckpointFolder(run.path / "checkpoints").save(1, STATE, {})
+    for wanted in (identity, grown):
+        found = RunFolder.of_changed_store(tmp_path, "pretrain", wanted)
+        assert found is not None
+        assert found.path == run.path
+    assert RunFolder.of_changed_store(tmp_path, "pretrain", {**grown, "train": {"lr": 2}}) is None
+    found.write(identity=grown)  # it went on: the same command finds it, whatever its name
+    again = RunFolder.of_changed_store(tmp_path, "pretrain", grown)
+    assert again is not None
+    assert again.path == run.path

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class ToyJob:
     kill_at: int = -1
     fail_at: int = -1
     pause_s: float = 0.0
+    about: dict[str, str] = field(default_factory=dict[str, str])
+    deadline: float | None = None
 
     def build(self, device: torch.device) -> "ToyObjective":
         return ToyObjective(self)
