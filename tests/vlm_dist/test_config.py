@@ -79,6 +79,8 @@ def test_environment_reaches_a_task_with_a_dash(tmp_path: Path) -> None:
         ("qqqq=1", ["config show"]),
         ("train.seed=abc", ["train.seed = 'abc'", "--set", "integer", "Seed of order"]),
         ("train.epochs=-1", ["train.epochs", "greater than 0"]),
+        ("train.zero_stage=0", ["stage 0 makes wrong updates in fp16 and bf16", "take 1 or 2"]),
+        ("train.zero_stage=3", ["stage 3 cuts up weights that every GPU has room for"]),
         ("train.loss=nce", ["'joint' or 'mfm-mlm'"]),
         ("clips.min_text_tokens=99", ["[clips]", "min_text_tokens 99", "--set"]),
         ("train.seed", ["KEY=VALUE"]),

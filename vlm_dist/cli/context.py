@@ -15,6 +15,7 @@ from vlm_dist.errors import ConfigError
 if TYPE_CHECKING:
     from cluster.resources import NodeResources
     from jobs.tracking import Tracker
+    from vlm_dist.train.goodput import Goodput
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ def store_address(store: Path | None, workspace: Path, overrides: list[str] | No
 class TrainingView:
     """Events of a training run -> one progress line, the run's metrics, and a few lines worth keeping."""
 
-    def __init__(self, title: str, tracker: "Tracker") -> None:
+    def __init__(self, title: str, tracker: "Tracker", places: int = 0) -> None:
+        from vlm_dist.train.goodput import GoodputLedger
+
+        self._ledger = GoodputLedger(places)
         self.title = title
         self.tracker = tracker
         self._stack = ExitStack()
@@ -100,9 +104,18 @@ class TrainingView:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+        if (total := self.goodput) and error[0] is None:
+            numbers = {"goodput": total.share, "restarts": total.restarts, "updates_made_again": total.made_again}
+            self.tracker.metrics({f"train/{name}": float(value) for name, value in numbers.items()}, total.updates)
+
+    @property
+    def goodput(self) -> "Goodput | None":
+        """Where the time went so far."""
+        return self._ledger.total()
 
     def __call__(self, kind: str, payload: Any) -> None:
         """Take one event of `vlm_dist.train.ray_trainer.run_training`."""
+        self._ledger.take(kind, payload)
         if kind == "plan":
             self.tracker.tags({f"vlm_dist.{name}": value for name, value in payload.items()})
             self._bar = self._bar or self._stack.enter_context(progress(self.title, payload["steps"], "steps"))

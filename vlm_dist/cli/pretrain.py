@@ -136,7 +136,7 @@ def run_pretrain(
                 if extracted := extract_run(tracker.uri, index.fingerprint):
                     tracker.tags({"vlm_dist.extract_run": extracted})
                 tracker.dataset(store, index.fingerprint)
-                with TrainingView("pretrain", tracker) as view:
+                with TrainingView("pretrain", tracker, settings.model.max_len) as view:
                     outcome = run_training(job, ranks, view)
                 metrics = {key: value for key, value in outcome.metrics.items() if key != "step"}
                 tracker.metrics(metrics, outcome.step)
@@ -147,6 +147,8 @@ def run_pretrain(
                 )
         if outcome.model:
             folder.write(status="finished", metrics=metrics, outcome=asdict(outcome))
+    if view.goodput:
+        print(view.goodput.line())
     spent = f"{duration(outcome.train_seconds)} on {ranks.count} worker{'s' * (ranks.count != 1)}"
     if outcome.model:
         print(f"Pre-trained {outcome.step} steps in {spent}: {outcome.model}")
@@ -195,8 +197,9 @@ def _check_store_change(run: "RunFolder", now: str, allowed: bool) -> None:
 
 def _what_is_trained(train: dict[str, Any]) -> dict[str, Any]:
     """The training settings that decide the result; how the work is split and logged does not."""
-    how = {"micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "max_failures", "threads", "timeout_s",
-           "zero_stage", "nce_chunk", "compile", "max_hours", "recompute", "allow_other_features"}  # fmt: skip
+    how = {"micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "max_failures", "threads",
+           "timeout_s", "zero_stage", "nce_chunk", "compile", "max_hours", "hang_s", "recompute",
+           "allow_other_features"}  # fmt: skip
     return {key: value for key, value in train.items() if key not in how}
 
 

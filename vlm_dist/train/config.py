@@ -22,6 +22,13 @@ class OptimConfig(_Frozen):
     clip_norm: float = Field(default=2.0, gt=0, description="Global gradient norm limit.")
 
 
+_STAGES_REFUSED = {
+    0: "makes wrong updates in fp16 and bf16 (DeepSpeed 0.19 unscales gradients that it did not scale, and makes one "
+    "step of Adam too many), and saves nothing in fp32",
+    3: "cuts up weights that every GPU has room for (BERT-base: 0.2 GB), and gathers them anew in every layer",
+}
+
+
 class TrainConfig(_Frozen):
     """One training run."""
 
@@ -36,8 +43,9 @@ class TrainConfig(_Frozen):
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field(
         default="auto", description="auto is fp16 on GPUs (as the paper) and fp32 on CPUs."
     )
-    zero_stage: Literal[1, 2] = Field(
-        default=1, description="DeepSpeed ZeRO stage (0 is wrong in half precision, 3 is pointless at this size)."
+    zero_stage: int = Field(
+        default=1,
+        description="DeepSpeed ZeRO stage, 1 or 2 (0 is wrong in half precision, 3 is pointless at this size).",
     )
     loss: Literal["joint", "mfm-mlm"] = Field(
         default="joint", description="Joint loss (Eq. 8) or the baseline L_MFM-MLM (Eq. 7)."
@@ -71,6 +79,11 @@ class TrainConfig(_Frozen):
     validate_every: int = Field(default=1024, ge=0, description="Steps between validation losses; 0 only at the end.")
     log_every: int = Field(default=10, ge=1, description="Steps between reports.")
     timeout_s: int = Field(default=600, ge=10, description="A collective that takes longer counts as a hang.")
+    hang_s: int = Field(
+        default=120,
+        ge=0,
+        description="A rank without progress for so long saves its stacks and is started again; 0: never.",
+    )
     max_failures: int = Field(
         default=3, ge=0, description="Worker failures that are survived by a restart from a checkpoint."
     )
@@ -81,6 +94,15 @@ class TrainConfig(_Frozen):
         default=False, description="Go on from a model whose features had another extractor than the store's."
     )
     threads: int = Field(default=0, ge=0, description="CPU threads of one rank; 0 shares the cores out.")
+
+    @field_validator("zero_stage")
+    @classmethod
+    def _stage(cls, value: int) -> int:
+        if value in _STAGES_REFUSED:
+            raise ValueError(f"stage {value} {_STAGES_REFUSED[value]}; take 1 or 2")
+        if value not in (1, 2):
+            raise ValueError(f"there is no stage {value}; take 1 or 2")
+        return value
 
     @field_validator("nce_pool")
     @classmethod

@@ -29,6 +29,7 @@ class Ledger:
         self.sums: dict[str, Tensor] = {}
         self.started = time.perf_counter()
         self.waited = 0.0
+        self.updates = 0
 
     @contextmanager
     def paused(self) -> Generator[None]:
@@ -59,6 +60,7 @@ class Ledger:
             if key in sums:
                 values[f"train/{key}_per_s"] = sums[key] / seconds
         values["train/data_wait_frac"] = self.waited / seconds
+        values["train/update_s"] = seconds / max(1, self.updates)
         values |= {f"train/{k}": v for k, v in extra.items()}
         self._clear()
         return StepReport(step, values)

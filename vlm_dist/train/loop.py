@@ -25,6 +25,7 @@ from vlm_dist.train.feed import Feed
 from vlm_dist.train.ledger import Ledger
 from vlm_dist.train.saver import Saver
 from vlm_dist.train.schedule import learning_rate
+from vlm_dist.train.watch import Watch
 
 NON_FINITE_LIMIT = 12  # DeepSpeed itself gives up at the smallest loss scale, after 15 and in words of its own
 GOING_BACK_LIMIT = 3  # windows of the data that a run may leave out
@@ -117,7 +118,11 @@ def train(
     Errors: TrainingError when gradients stay non-finite, or the ranks' weights differ.
     """
     ledger, infinite, end = Ledger(), list[int](), objective.total_steps
-    with Feed(objective.micro_batches, end) as feed, Saver(folder, about or {}, cfg.checkpoint_every, emit) as saver:
+    watch = Watch(
+        folder.root.parent / "stacks", distributed.rank(), cfg.hang_s, lambda text: emit("warning", text)
+    )  # fmt: skip
+    saver = Saver(folder, about or {}, cfg.checkpoint_every, emit)
+    with watch, saver, Feed(objective.micro_batches, end) as feed:
         while progress.step < end:
             position = progress.position()
             batches, waited = feed.take(position, progress.position)
@@ -130,8 +135,10 @@ def train(
                 engine.backward(loss)
                 ledger.add(sums)
                 outcome = engine.update(learning_rate(engine.applied, objective.optim))
+                watch.beat()
             assert outcome is not None, "the number of micro-batches is not the engine's accumulation"
             progress.step += 1
+            ledger.updates += 1
             infinite = [*infinite, position] if outcome.skipped else []
             if len(infinite) >= NON_FINITE_LIMIT:
                 saver.wait()
@@ -143,7 +150,7 @@ def train(
                          "loss_scale": outcome.loss_scale, "skipped_steps": float(engine.skipped)}  # fmt: skip
                 emit("step", ledger.report(progress.step, objective.summarise, engine.device, extra))
                 over = over or (deadline is not None and distributed.of_rank_zero(time.time() >= deadline))
-            with ledger.paused():
+            with ledger.paused(), watch.paused():
                 if progress.step == end or (objective.validate_every and progress.step % objective.validate_every == 0):
                     saver.wait()  # it may be about to remove best models that no checkpoint refers to
                     _validate(objective, engine, progress, folder, emit)

@@ -42,6 +42,21 @@ def test_killed_worker_leaves_the_weights_bit_identical(tmp_path: Path, ray_sess
         assert (one[name] == two[name]).all(), name
 
 
+@pytest.mark.slow
+def test_a_hanging_worker_is_found_and_training_goes_on(tmp_path: Path, ray_session: None) -> None:
+    calm, _ = _run(ToyJob(str(tmp_path / "calm"), TRAIN))
+    (tmp_path / "hung").mkdir()
+    train = TRAIN.model_copy(update={"hang_s": 3})
+    hung, events = _run(ToyJob(str(tmp_path / "hung"), train, hang_at=14))
+    assert (tmp_path / "hung" / "killed").exists()
+    assert hung.resumed_from == 12
+    stacks = [file.read_text() for file in (tmp_path / "hung" / "stacks").iterdir()]
+    assert any("micro_batches" in text for text in stacks), "of the rank that hung"
+    assert any("made no progress" in payload for kind, payload in events if kind == "warning")
+    one, two = (load_file(Path(o.model) / "model.safetensors") for o in (calm, hung))
+    assert all((one[name] == two[name]).all() for name in one)
+
+
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_users_error_is_told_in_its_own_words_and_not_retried(
     tmp_path: Path, ray_session: None, workers: int

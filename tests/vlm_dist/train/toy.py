@@ -22,13 +22,15 @@ ROWS = 8
 
 @dataclass(frozen=True)
 class ToyJob:
-    """`kill_at`: rank 1 kills itself before this step, once. `fail_at`: every rank raises a user's error there."""
+    """`kill_at`: rank 1 kills itself before this step, once. `fail_at`: every rank raises a user's error there.
+    `hang_at`: rank 1 does nothing any more there, once."""
 
     out: str
     train: TrainConfig
     steps: int = 20
     kill_at: int = -1
     fail_at: int = -1
+    hang_at: int = -1
     pause_s: float = 0.0
     about: dict[str, str] = field(default_factory=dict[str, str])
     deadline: float | None = None
@@ -54,6 +56,9 @@ class ToyObjective(Objective):
         if step == self.job.kill_at and distributed.rank() == 1 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.job.hang_at and distributed.rank() == 1 and not marker.exists():
+            marker.touch()
+            time.sleep(3600)
         time.sleep(self.job.pause_s)
         rows = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(step))
         return [rows.chunk(distributed.world_size())[distributed.rank()]]
