@@ -12,6 +12,7 @@ from feature_store.arrays import ArrayInfo, ColumnWriter, open_column, write_col
 from feature_store.files import crc32c
 
 CLIP_COLUMNS = ("clip_start_ms", "clip_end_ms", "clip_ntok", "clip_ntext")
+SPOKEN = ("clip_ptr", "text_ptr", "clip_start_ms", "clip_end_ms", "clip_ntext", "text")  # what is not of tokens
 COLUMNS = ("clip_ptr", "tok_ptr", "text_ptr", *CLIP_COLUMNS, "tokens", "text", "caption_crc32c")
 
 
@@ -72,6 +73,16 @@ class CaptionTable:
     def open(cls, folder: Path, arrays: dict[str, ArrayInfo]) -> Self:
         """Memory-maps the columns that `TableWriter` wrote."""
         return cls(*(open_column(folder, name, arrays[name]) for name in COLUMNS))
+
+    def spoken(self, number: int) -> VideoCaptions:
+        """Times and text of one video's captions, without tokens."""
+        clips = slice(int(self.clip_ptr[number]), int(self.clip_ptr[number + 1]))
+        text = slice(int(self.text_ptr[number]), int(self.text_ptr[number + 1]))
+        ntok = np.zeros(clips.stop - clips.start, np.uint16)
+        return VideoCaptions(
+            self.clip_start_ms[clips], self.clip_end_ms[clips], ntok, self.clip_ntext[clips], self.tokens[:0],
+            self.text[text],
+        )  # fmt: skip
 
     def video(self, number: int) -> VideoCaptions:
         """Captions of one video; views, no copies."""

@@ -46,27 +46,30 @@ def tokenise(
         encoded = iter(tokenizer.encode_many(texts))
         for key, captions, lines in group:
             whole = [next(encoded) for _ in lines]
-            pieces = [found[: cfg.max_tokens] for found in whole]
-            ntok = np.fromiter(map(len, pieces), np.uint16, len(pieces))
-            keep = ntok > 0
-            dropped += int((~keep).sum())
+            made = with_tokens(captions, [found[: cfg.max_tokens] for found in whole], dtype)
+            dropped += len(captions.start_ms) - len(made.start_ms)
             cut += sum(
                 len(line) > cfg.max_chars or len(found) > cfg.max_tokens
                 for line, found in zip(lines, whole, strict=True)
             )
-            writer.append(
-                VideoCaptions(
-                    captions.start_ms[keep],
-                    captions.end_ms[keep],
-                    ntok[keep],
-                    captions.ntext[keep],
-                    np.fromiter(chain.from_iterable(pieces), np.dtype(dtype)),
-                    captions.text[np.repeat(keep, captions.ntext)],
-                )
-            )
+            writer.append(made)
             ids.append(key)
     arrays = writer.finish()
     return (ids, CaptionTable.open(folder, arrays)), dropped, cut
+
+
+def with_tokens(captions: VideoCaptions, pieces: Sequence[Sequence[int]], dtype: str) -> VideoCaptions:
+    """The same captions with these tokens each; those without any are dropped."""
+    ntok = np.fromiter(map(len, pieces), np.uint16, len(pieces))
+    keep = ntok > 0
+    return VideoCaptions(
+        captions.start_ms[keep],
+        captions.end_ms[keep],
+        ntok[keep],
+        captions.ntext[keep],
+        np.fromiter(chain.from_iterable(pieces), np.dtype(dtype)),
+        captions.text[np.repeat(keep, captions.ntext)],
+    )
 
 
 def _groups(

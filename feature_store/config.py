@@ -10,7 +10,7 @@ _GPU_CHUNK = 16  # passing a chunk on takes a millisecond of Python, which all v
 _GPU_BATCH = 64
 
 # scheme:/rest of the address of a store or a file; one slash is what a Path of the command line leaves of two
-ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/(.*)")
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)")
 
 
 class _Frozen(BaseModel):

@@ -107,10 +107,15 @@ def unseal_as(what: str, data: bytes, where: Path | str, parse: Callable[[dict[s
 
 @contextmanager
 def disk_guard(path: Path, needed: int) -> Generator[None]:
-    """Turns a full disk or an exceeded quota into a StoreError that says which path and how many bytes."""
+    """Turns a full disk, a quota or a limit of file sizes into a StoreError that says which path and what to do."""
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise StoreError(
+                f"{path} would be larger than files may be here: raise the limit (`ulimit -f`, or the file system's) "
+                "and run the same command again: what was committed is kept"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         folder = next(folder for folder in path.parents if folder.exists())

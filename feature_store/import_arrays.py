@@ -65,6 +65,7 @@ def import_arrays(
     cfg: ImportConfig,
     *,
     weights: Path | None = None,
+    retry_failed: bool = False,
     on_progress: Callable[[ImportState], None] = lambda state: None,
 ) -> ImportState:
     """Import arrays into a store, made or continued, in this process.
@@ -76,6 +77,7 @@ def import_arrays(
         sources: the arrays.
         cfg: normalisation and names.
         weights: S3D weights, through whose `fc` 1024-d mixed_5c rows become normalised 512-d video embeddings.
+        retry_failed: try those of the arrays again that failed before.
         on_progress: called after every video.
 
     Returns:
@@ -89,7 +91,7 @@ def import_arrays(
     rules = prepare_store(root, sources, cfg, weights)
     state = ImportState()
     with at_work(open_store(root), "store import"):
-        _import_all(root, sources, rules, state, start, on_progress)
+        _import_all(root, sources, rules, state, start, retry_failed, on_progress)
     state.elapsed_s = time.monotonic() - start
     return state
 
@@ -107,11 +109,13 @@ def _import_all(
     rules: RowRules,
     state: ImportState,
     start: float,
+    retry_failed: bool,
     on_progress: Callable[[ImportState], None],
 ) -> None:
     finalise(root)  # publishes what an interrupted import had committed
     mine = {video.path for video in sources.videos}
-    while tasks := [task for task in plan_videos(root, sources.videos, 1) if _any_of(task, mine)]:
+    while tasks := [task for task in plan_videos(root, sources.videos, 1, retry_failed) if _any_of(task, mine)]:
+        retry_failed = False  # only what overflowed its shard is left to plan
         state.videos = state.ok + state.failed + sum(video.path in mine for task in tasks for video in task.videos)
         for task in tasks:
             with ShardAttempt(root, task.shard) as attempt:

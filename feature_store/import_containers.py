@@ -12,7 +12,6 @@ import numpy as np
 from feature_store.import_rows import RowRules
 from feature_store.npy import parse_header, read_header, read_rows, require_file
 from feature_store.pickles import PickledArray, as_text, load_pickle
-from feature_store.records import clean_text
 from vlm_dist.errors import ConfigError, ExtractionError, StoreError
 
 SHARD_DATA = re.compile(r"([^.]+)_(\d+)_data\.npy")
@@ -73,7 +72,6 @@ class PickleFile:
             video_id = str(key) if isinstance(key, int) else as_text(key)
             if video_id is None:
                 raise StoreError(f"{path} has the key {key!r}; the keys must be video ids")
-            video_id = str(clean_text(video_id))
             if video_id in self._arrays:
                 raise StoreError(f"{path} has several keys that are the video id {video_id!r}; rename all but one")
             self._arrays[video_id] = value

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
+from feature_store.config import ADDRESS
 from feature_store.export import MARKER
 from feature_store.file_names import id_of_path
 from feature_store.import_containers import SHARD_DATA, Container, NpzFile, PickleFile, ShardFile, ShardIds
 from feature_store.import_rows import RowRules
 from feature_store.npy import read_header, read_rows
 from feature_store.pickles import SUFFIXES
-from feature_store.plan import PlannedVideo
+from feature_store.plan import PlannedVideo, unfit_id
 from feature_store.records import Provenance
 from vlm_dist.errors import ConfigError, ExtractionError, StoreError
 
@@ -30,6 +31,7 @@ class ArraySources:
 
     Attributes:
         videos: id and file of every array. The ids within one file are known to `load`.
+        refused: why an array is none of `videos`, a line for each: its id can't be one of a store's.
         exported: the provenance, where all of it was written by `store export` from stores of one provenance.
     """
 
@@ -53,6 +55,8 @@ class ArraySources:
         self.videos: list[PlannedVideo] = []
         for path in paths:
             found = len(self.videos)
+            if ADDRESS.fullmatch(str(path)):
+                raise ConfigError(f"{path}: arrays are imported from folders and files; copy the bucket's here first")
             if path.is_dir():
                 self._provenances.append(_exported_provenance(path))
                 export = path if self._provenances[-1] else None
@@ -64,6 +68,15 @@ class ArraySources:
                 raise ConfigError(f"{path}: no such file or folder; give {FORMS}")
             if len(self.videos) == found:
                 raise ConfigError(f"{path} holds no features that can be imported; give {FORMS}")
+        unfit = [(video, wrong) for video in self.videos if (wrong := unfit_id(video.video_id))]
+        self.refused = [
+            f"{_shown(video.path)}: the id {_shown(video.video_id)[:40]!r} {wrong}; it is not imported"
+            for video, wrong in unfit
+        ]
+        left_out = {id(video) for video, _ in unfit}
+        self.videos = [video for video in self.videos if id(video) not in left_out]
+        if unfit and not self.videos:
+            raise StoreError(f"no array has an id that a store can take. {self.refused[0]}")
         first = self._provenances[0] if self._provenances else None
         self.exported = first if all(each == first for each in self._provenances) else None
 
@@ -140,6 +153,10 @@ class ArraySources:
         ids, starts = self._shard_ids.read(path)
         self._shards[str(path)] = ids, starts
         yield from (PlannedVideo(video_id, str(path)) for video_id in ids)
+
+
+def _shown(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _partner(name: str) -> str:

@@ -57,7 +57,11 @@ class StoreIndex:
         self.meta: StoreMeta = open_store(root)
         self.name = snapshot or current_snapshot(self.meta)
         if not self.name:
-            raise StoreError(f"{root} has no finished extraction yet: run `vlm-dist extract` on it again")
+            if sum(name.isdigit() for name in self.meta.storage.names(SNAPSHOTS)) > 1:  # one is there before CURRENT
+                raise StoreError(f"{root} has lost {CURRENT}: run `vlm-dist store verify --repair` on it")
+            raise StoreError(
+                f"{root} has no index yet: type the `vlm-dist extract` or `store import` that began it again"
+            )
         self._unchecked = checked
         self._tree = Tree(folder) if folder else self._find()
         self._sound(self._map)

@@ -1,17 +1,18 @@
 """What a store holds, in numbers, and which videos it could not take (any store → a summary)."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from feature_store.captions import caption_report
-from feature_store.commit import iter_commits
+from feature_store.commit import iter_commits, shard_place
 from feature_store.index import StoreIndex, current_snapshot
 from feature_store.layout import StoreMeta, open_store
 from feature_store.plan import Segment, read_plan
 from feature_store.records import VideoRecord
+from feature_store.snapshot import snapshot_names
 from feature_store.storage import Root
 
 
@@ -21,24 +22,31 @@ def store_info(root: Root) -> dict[str, Any]:
     `videos` counts ids: planned = ok + failed + open + deleted. `bytes` and `shards` are those of the commit records;
     rows, hours, clips and tokens those of the current snapshot, 0 where there is none yet.
 
+    `damage` says what the counts may be wrong for: shards or records that are gone (nothing else is looked at).
+
     Raises:
         StoreError: no store, or a damaged one; the columns of the snapshot with an entry a video are compared.
     """
     meta = open_store(root)
-    index = StoreIndex(root) if current_snapshot(meta) else None
+    index = StoreIndex(root) if current_snapshot(meta) or len(snapshot_names(meta)) > 1 else None
     if index:
         index.check_columns()
     plan = read_plan(meta)
     planned = {video.video_id for segment in plan for task in segment.tasks for video in task.videos}
     deleted = {video_id.decode() for video_id in index.deleted()} if index else set[str]()
-    ok, failed, size, shards = _committed(meta)
+    published = meta.storage.sizes("features/c")  # before the records, which an extraction may be writing
+    ok, failed, size, shards, gone = _committed(meta, published)
     repeated = _repeated(plan)
     reasons = Counter(record.reason for record in [*failed.values(), *repeated])
     row_s = meta.provenance.window / meta.provenance.fps
     rows = int(index.n_rows.sum(dtype=np.int64)) if index else 0
+    damage = [f"the files of {len(gone)} committed shards are missing, the first of shard {gone[0]}"] if gone else []
+    if index and (unknown := sum(key.decode() not in ok for key in index.id_list())):
+        damage.append(f"{unknown} videos of the index are in no commit record")
     captions = caption_report(index, changed=False) if index and index.tokenizer_dir else None
     return {
         "path": str(root),
+        "damage": damage,
         "videos": {
             "planned": len(planned | ok),
             "ok": len(ok - deleted),
@@ -71,21 +79,29 @@ def store_info(root: Root) -> dict[str, Any]:
 def failures(root: Root) -> list[VideoRecord]:
     """Videos that have no features, by id: those whose every attempt failed, and inputs that repeated an id."""
     meta = open_store(root)
-    _, failed, *_ = _committed(meta)
+    _, failed, *_ = _committed(meta, None)
     return sorted([*failed.values(), *_repeated(read_plan(meta))], key=lambda record: record.video_id)
 
 
-def _committed(meta: StoreMeta) -> tuple[set[str], dict[str, VideoRecord], int, int]:
-    """Ids with features, the last record of each id that has none, the bytes of all shards, and their number."""
+def _committed(
+    meta: StoreMeta, published: Mapping[str, int] | None
+) -> tuple[set[str], dict[str, VideoRecord], int, int, list[int]]:
+    """Ids with features, the last record of each id that has none, the bytes of all shards, and their number.
+
+    Last, the shards whose file is nowhere, where the published ones are given by key.
+    """
     ok: set[str] = set()
     failed: dict[str, VideoRecord] = {}
     size = shards = 0
+    gone: list[int] = []
     for commit in iter_commits(meta):
+        if published is not None and commit.size and shard_place(meta, commit, published)[1] is None:
+            gone.append(commit.shard)
         size += commit.size
         shards += 1
         ok.update(record.video_id for record in commit.videos if record.status == "ok")
         failed.update((record.video_id, record) for record in commit.videos if record.status == "failed")
-    return ok, {video_id: record for video_id, record in failed.items() if video_id not in ok}, size, shards
+    return ok, {video_id: record for video_id, record in failed.items() if video_id not in ok}, size, shards, gone
 
 
 def _repeated(plan: Sequence[Segment]) -> list[VideoRecord]:

@@ -74,6 +74,7 @@ class Inspection:
         self.problems.extend(index.problems)
         self.bad_snapshots, self.bad_current, self.deleted = index.bad, index.bad_current, index.deleted
         self.derived = index.derived
+        self.lost |= index.unrecorded
         self._look_again(index.disputed)
 
     def _report(self, kind: Kind, where: Path | str, message: object) -> None:

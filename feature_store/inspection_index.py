@@ -37,6 +37,7 @@ class IndexInspection:
         self.bad_current = False
         self.deleted: set[str] = set()  # ids that the current snapshot leaves out on purpose
         self.disputed: set[int] = set()  # shards of which the records say something else
+        self.unrecorded: set[str] = set()  # ids that readers are told of, and no commit record
         self._current = _current(meta)  # before the names: what it names is there already
         self._names = snapshot_names(meta)
 
@@ -128,6 +129,7 @@ class IndexInspection:
                 where = f"index {index.name}, video {key.decode()}"
                 self.problems.append(Problem(kind="video", where=where, message=message))
                 self.disputed.add(place[0])
+                self.unrecorded.add(key.decode())
 
     def _tables(self, index: StoreIndex) -> None:
         """Lengths, pointers, times and token ids of a snapshot; with `deep` every array's checksum."""

@@ -215,6 +215,12 @@ def recover_metadata(root: Root) -> bool:
     try:
         whole = _copied(storage)
     except (FileNotFoundError, NotADirectoryError):
+        if _is_rest(storage):
+            raise StoreError(
+                f"zarr.json of {root} is lost or damaged, and its second copy {COPY} is lost: nothing here says any "
+                "more what the features are; restore one of the two from a backup, and run "
+                "`vlm-dist store verify --repair`"
+            ) from None
         return False
     except StoreUnreachableError:
         raise

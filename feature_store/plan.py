@@ -65,6 +65,17 @@ class Segment:
         return self.first_shard + len(self.tasks)
 
 
+def unfit_id(video_id: str) -> str:
+    """Why no store can take a video of this id; empty where one can."""
+    if not video_id:
+        return "is empty"
+    try:
+        size = len(video_id.encode())
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    return f"has {size:,} bytes, and {MAX_ID_BYTES:,} are the most" if size > MAX_ID_BYTES else ""
+
+
 def read_plan(meta: StoreMeta) -> list[Segment]:
     """All segments, oldest first; StoreError where one is damaged or missing."""
     # Before the segments: another extraction plans a shard before it commits it.
@@ -173,10 +184,9 @@ def _first_and_further(
     repeated: Counter[PlannedVideo] = Counter()
     for video in videos:
         clean = PlannedVideo(str(clean_text(video.video_id)), video.path)
-        if clean.video_id not in planned and len(clean.video_id.encode()) > MAX_ID_BYTES:
+        if clean.video_id not in planned and (wrong := unfit_id(clean.video_id)):
             raise StoreError(
-                f"the video id {clean.video_id[:40]}… of {video.path[:200] or 'a video'} has "
-                f"{len(clean.video_id.encode()):,} bytes, and {MAX_ID_BYTES:,} are the most: give it a shorter one"
+                f"the video id {clean.video_id[:40]}… of {video.path[:200] or 'a video'} {wrong}: give it another one"
             )
         if clean.video_id in given or is_another_file(clean.path, planned.get(clean.video_id, clean.path)):
             repeated[clean] += 1

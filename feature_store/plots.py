@@ -43,7 +43,8 @@ def plot_store(root: Root, file: Path) -> None:
         if len(values):
             axes.hist(values, bins=min(50, max(10, len(values) // 4)), color="#3b6ea8")
             axes.axvline(float(np.median(values)), color="#c4442e", label=f"median {np.median(values):,.3g}")
-            axes.legend(frameon=False)
+            axes.margins(y=0.15)  # room for the legend above the bars
+            axes.legend(frameon=False, loc="upper right")
         axes.set(xlabel=what, ylabel="videos", title=title)
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, file)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from feature_store.arrays import ArrayInfo, check_column, column_bytes, column_key, open_column
-from feature_store.caption_table import COLUMNS, CaptionTable, VideoCaptions, pack_ids, unpack_ids
+from feature_store.caption_table import COLUMNS, SPOKEN, CaptionTable, VideoCaptions, pack_ids, unpack_ids
 from feature_store.files import crc32c, read_file
 from feature_store.index import array_groups, snapshot_details, snapshot_key
 from feature_store.layout import StoreMeta
@@ -73,10 +73,14 @@ class SnapshotParts:
         )
 
     def captions(self, part: str, ids: Sequence[bytes]) -> Iterator[tuple[bytes, bool, VideoCaptions | None]]:
-        """(id, whether its captions are sound, its captions if it has any) of the videos of a part."""
+        """(id, whether its captions are sound, its captions if it has any) of the videos of a part.
+
+        Captions that are not sound and there all the same have their times and texts, and need tokens.
+        """
         told = self._sound(part, "caption_crc32c")
         whole = all(self._sound(part, name) for name in COLUMNS if name != "caption_crc32c")
-        if not (told or whole):
+        spoken = all(self._sound(part, name) for name in SPOKEN)
+        if not (told or whole or spoken):
             yield from ((key, False, None) for key in ids)
             return
         table = CaptionTable(*(self._column(part, name) for name in COLUMNS))
@@ -84,9 +88,11 @@ class SnapshotParts:
             if told and not table.caption_crc32c[row]:
                 yield key, True, None
                 continue
-            captions = table.video(row)
-            sound = whole or captions.crc32c() == table.caption_crc32c[row]
-            yield key, sound, captions if sound and len(captions.start_ms) else None
+            captions = table.video(row) if told or whole else None
+            sound = whole or (captions is not None and captions.crc32c() == table.caption_crc32c[row])
+            if not sound:
+                captions = table.spoken(row) if spoken else None
+            yield key, sound, captions if captions is not None and len(captions.start_ms) else None
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that made its tokens; None where it is damaged."""

@@ -11,12 +11,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from feature_store.caption_table import CaptionTable, TableWriter
+from feature_store.caption_table import CaptionTable, TableWriter, VideoCaptions
+from feature_store.caption_tokens import with_tokens
 from feature_store.draft import Captions, Draft, Marks, VideoColumns
 from feature_store.files import disk_guard
 from feature_store.layout import StoreMeta, scratch_name
 from feature_store.snapshot import committed_videos, publish_draft, snapshot_names, told_number
 from feature_store.snapshot_parts import SnapshotParts, opened_parts
+from feature_store.tokenizer import Tokenizer
 
 _NAMED = 5
 
@@ -127,7 +129,7 @@ def _splits(sources: Sequence[SnapshotParts], told: _Told) -> dict[str, list[byt
 def _captions(
     sources: Sequence[SnapshotParts], committed: VideoColumns, deleted: list[bytes], scratch: Path, told: _Told
 ) -> Captions:
-    """The captions of the newest snapshot whose tokenizer is left, and of older ones by the same tokenizer."""
+    """The captions of the newest snapshot whose tokenizer is left, and of older ones, by the same tokenizer."""
     for number, source in enumerate(sources):
         if not (sha256 := source.tokenizer_sha256):
             break  # from before there were captions
@@ -139,9 +141,9 @@ def _captions(
         dtype = source.details["arrays"]["tokens"]["dtype"]
         if number:
             told.lost.append(f"its tokenizer, and with it its captions (those of snapshot {source.name} are used)")
-        merge = _Merge(committed, deleted)
+        merge = _Merge(committed, deleted, tokenizer, source, dtype)
         with disk_guard(scratch, sum(path.stat().st_size for path in source.folder.rglob("*") if path.is_file())):
-            table = merge.run([other for other in same if other in sources[number:]], scratch / "table", dtype)
+            table = merge.run(sources[number:], scratch / "table")
         merge.tell(told, kept=not number)
         return Captions([table] if table[0] else [], scratch / "tokenizer", dtype, source.details["captions"])
     if sources[0].tokenizer_sha256:
@@ -150,18 +152,26 @@ def _captions(
 
 
 class _Merge:
-    """The sound captions of several snapshots by one tokenizer as one table; the first that has a video's counts."""
+    """The sound captions of several snapshots as one table; the first that has a video's counts.
 
-    def __init__(self, committed: VideoColumns, deleted: list[bytes]) -> None:
+    Where tokens are damaged, or another tokenizer's, and the text is sound, they are made anew.
+    """
+
+    def __init__(
+        self, committed: VideoColumns, deleted: list[bytes], tokenizer: Tokenizer, source: SnapshotParts, dtype: str
+    ) -> None:
         self.committed, self.deleted = committed, set(deleted)
+        self.tokenizer, self.dtype = tokenizer, dtype
+        self.limits = source.details["captions"]
         self.whole = 0  # videos with sound captions in the first snapshot
         self.broken: dict[bytes, bool] = {}  # ids whose captions there are damaged: whether older ones are used
         self.unknown = 0  # videos there whose ids are damaged
         self.older = 0  # videos with captions of older snapshots
+        self.anew = 0  # videos in the first snapshot whose tokens were made from their text
 
-    def run(self, sources: Sequence[SnapshotParts], folder: Path, dtype: str) -> tuple[list[bytes], CaptionTable]:
+    def run(self, sources: Sequence[SnapshotParts], folder: Path) -> tuple[list[bytes], CaptionTable]:
         """Writes the table, and gives it with its ids."""
-        writer, ids = TableWriter(folder, dtype), list[bytes]()
+        writer, ids = TableWriter(folder, self.dtype), list[bytes]()
         settled: set[bytes] = set()
         for source in sources:
             for part in ("", "pending"):
@@ -170,11 +180,15 @@ class _Merge:
                     self.unknown += source.count(part) if source is sources[0] else 0
                     continue
                 for key, sound, captions in source.captions(part, listed) if listed else ():
+                    lost = not sound and captions is None
                     if source is sources[0]:
                         self.whole += captions is not None
-                        self.broken |= {} if sound else {key: False}
-                    if key in settled or not sound:
+                        self.anew += not sound and not lost
+                        self.broken |= {key: False} if lost else {}
+                    if key in settled or lost:
                         continue
+                    if captions is not None and (not sound or source.tokenizer_sha256 != self.tokenizer.sha256):
+                        captions = self._tokenised(captions)
                     settled.add(key)
                     if captions is not None:
                         ids.append(key)
@@ -183,6 +197,11 @@ class _Merge:
                             self.older += 1
                             self.broken |= {key: True} if key in self.broken else {}
         return ids, CaptionTable.open(folder, writer.finish())
+
+    def _tokenised(self, captions: VideoCaptions) -> VideoCaptions:
+        texts = [text[: self.limits["max_chars"]] for text in captions.texts()]
+        pieces = [found[: self.limits["max_tokens"]] for found in self.tokenizer.encode_many(texts)]
+        return with_tokens(captions, pieces, self.dtype)
 
     def _listed(self, part: str, source: SnapshotParts, sources: Sequence[SnapshotParts]) -> list[bytes] | None:
         """The ids of a part; where they are damaged, those that their checksums fit."""
@@ -196,7 +215,8 @@ class _Merge:
         """Says what became of the captions."""
         whole = self.whole + len(self.broken) + self.unknown
         if kept and self.whole:
-            told.kept.append(f"the captions of {self.whole} of {_number(whole, 'video')}")
+            anew = f" (the tokens of {self.anew} made anew from their text)" if self.anew else ""
+            told.kept.append(f"the captions of {self.whole} of {_number(whole, 'video')}{anew}")
         for older, how in ((True, " (older ones are used)"), (False, "")):
             if ids := sorted(key for key, used in self.broken.items() if used == older):
                 more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""

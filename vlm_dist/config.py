@@ -222,10 +222,10 @@ def _unquoted(part: str) -> str:
 def _resolve(key: str, value: Any, base: Path) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_resolve(key, part, base) for part in value)  # type: ignore[reportUnknownVariableType]
-    if not isinstance(value, str) or not value or "://" in value:
+    if not isinstance(value, str) or not value:
         return value
-    if address := ADDRESS.fullmatch(value):
-        return f"{address[1]}://{address[2]}"
+    if address := ADDRESS.fullmatch(f"{value}/" if value.lower() == "s3:" else value):
+        return f"{address[1].lower()}://{address[2].removeprefix('/')}"
     path = Path(os.path.abspath(base / Path(value).expanduser()))
     is_path = pattern(key) in _PATHS or (
         pattern(key) in _NAMES_OR_PATHS and (value.startswith((".", "/", "~")) or path.exists())

@@ -74,7 +74,6 @@ def test_a_pickle_that_is_no_dict_of_ids(tmp_path: Path) -> None:
         ([1], "holds a list"),
         ({1.5: 2}, "the keys must be video ids"),
         ({"1": 2, 1: 2}, "several keys that are the video id '1'"),
-        ({"x\ud800": 2, "x?": 2}, r"several keys that are the video id 'x\?'"),
     ):
         file.write_bytes(pickle.dumps(content))
         with pytest.raises(StoreError, match=words):
@@ -136,3 +135,22 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     for path, words in (("absent", "no such file"), ("empty", "holds no features"), ("a.txt", "'.txt' is not known")):
         with pytest.raises(ConfigError, match=words):
             ArraySources([tmp_path / path])
+
+
+def test_ids_that_no_store_can_take_are_listed(tmp_path: Path) -> None:
+    good, long = np.eye(3, 8, dtype=np.float32), "x" * 1001
+    (tmp_path / "a.pickle").write_bytes(pickle.dumps({"a": good, "": good, long: good, "odd\udcff": good}))
+    sources = ArraySources([tmp_path / "a.pickle"], allow_pickle=True)
+    assert [video.video_id for video in sources.videos] == ["a"]
+    told = "\n".join(sources.refused)
+    for wrong in ("is empty", "has 1,001 bytes", "is not UTF-8"):
+        assert wrong in told
+    assert r"odd\\udcff" in told
+    (tmp_path / "b.pickle").write_bytes(pickle.dumps({"": good}))
+    with pytest.raises(StoreError, match="no array has an id that a store can take"):
+        ArraySources([tmp_path / "b.pickle"], allow_pickle=True)
+
+
+def test_addresses_are_no_folders() -> None:
+    with pytest.raises(ConfigError, match="copy the bucket's here first"):
+        ArraySources([Path("s3://bucket/features")])

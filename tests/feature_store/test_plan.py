@@ -196,7 +196,7 @@ def test_an_array_that_was_not_grown_yet(tmp_path: Path, damage: str) -> None:
 def test_an_id_that_is_too_long(tmp_path: Path) -> None:
     create_store(tmp_path, provenance(), 512)
     plan_videos(tmp_path, [PlannedVideo("\u00e9" * 500, "a.mp4")], 1)
-    with pytest.raises(StoreError, match=r"of b\.mp4 has 1,001 bytes, and 1,000 are the most: give it a shorter one"):
+    with pytest.raises(StoreError, match=r"of b\.mp4 has 1,001 bytes, and 1,000 are the most: give it another one"):
         plan_videos(tmp_path, [PlannedVideo("\u00e9" * 500 + "x", "b.mp4")], 1)
 
 

@@ -206,7 +206,7 @@ def test_an_absent_chunk_is_an_error_not_zeros(tmp_path: Path) -> None:
 
 def test_stores_without_a_snapshot(tmp_path: Path, store: Path) -> None:
     (store / "CURRENT").rename(tmp_path / "CURRENT")
-    with pytest.raises(StoreError, match="no finished extraction yet"):
+    with pytest.raises(StoreError, match="has no index yet"):
         StoreIndex(store)
     line = bytearray((tmp_path / "CURRENT").read_bytes())
     line[5] ^= 3

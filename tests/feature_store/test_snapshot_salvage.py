@@ -87,24 +87,26 @@ def lost(report: VerifyReport) -> list[str]:
     return [line.partition(": ")[2] for line in report.repaired if line.startswith("lost")]
 
 
-# Bytes of columns (each damage is found by a checksum of its own), and the videos whose captions are lost with them.
+# Bytes of columns (each damage is found by a checksum of its own), the videos whose captions are lost with them, and
+# how many have their text, so that tokens are made anew.
 DAMAGE = {
-    "tokens": ({"tokens": 6, "clip_start_ms": 8, "n_rows": 4, "pending/tokens": 2}, ["v0", "v1", "v4"]),
+    "tokens": ({"tokens": 6, "clip_start_ms": 8, "n_rows": 4, "pending/tokens": 2}, ["v0", "v1"], 1),
     "text": (
         {"text": 0, "clip_ntok": 8, "clip_end_ms": 29, "shard": 4, "pending/text": 40},
         ["v0", "v2", "v3", "waits"],
+        0,
     ),
-    "clip_ptr": ({"clip_ptr": 16, "clip_ntext": 33, "status": 1, "deleted/video_id": 0}, ["v1", "v2", "v5"]),
-    "tok_ptr": ({"tok_ptr": 38, "row": 4, "video_id_ptr": 8, "pending/clip_ptr": 16}, ["v3", "v5", "waits", "waits2"]),
-    "text_ptr": ({"text_ptr": 23, "crc32c": 5, "deleted/video_id_ptr": 8}, ["v1", "v2"]),
-    "caption_crc32c": ({"caption_crc32c": 4, "video_id": 3}, []),
+    "clip_ptr": ({"clip_ptr": 16, "clip_ntext": 33, "status": 1, "deleted/video_id": 0}, ["v1", "v2", "v5"], 0),
+    "tok_ptr": ({"tok_ptr": 38, "row": 4, "video_id_ptr": 8, "pending/clip_ptr": 16}, ["waits", "waits2"], 2),
+    "text_ptr": ({"text_ptr": 23, "crc32c": 5, "deleted/video_id_ptr": 8}, ["v1", "v2"], 0),
+    "caption_crc32c": ({"caption_crc32c": 4, "video_id": 3}, [], 0),
 }
 
 
 @pytest.mark.parametrize("pruned", [False, True])
-@pytest.mark.parametrize(("damage", "whose"), DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize(("damage", "whose", "anew"), DAMAGE.values(), ids=DAMAGE)
 def test_flipped_bits_lose_only_what_they_damaged(
-    store: str, damage: dict[str, int], whose: list[str], pruned: bool
+    store: str, damage: dict[str, int], whose: list[str], anew: int, pruned: bool
 ) -> None:
     deleted, splits, captions = said(store)
     name = StoreIndex(store).name
@@ -117,8 +119,9 @@ def test_flipped_bits_lose_only_what_they_damaged(
     assert said(store) == (deleted, splits, left), "the snapshot before has the same captions"
     assert StoreIndex(store).id_list() == [key.encode() for key in IDS if key != "v4"]
     new = f"{int(name) + 1:06d}"
+    made = f" (the tokens of {anew} made anew from their text)" if anew else ""
     assert kept(report) == [
-        f"kept 1 deletion, 2 splits and the captions of {8 - len(whose)} of 8 videos of damaged snapshot {name} "
+        f"kept 1 deletion, 2 splits and the captions of {8 - len(whose)} of 8 videos{made} of damaged snapshot {name} "
         f"in snapshot {new}"
     ]
     used = "" if pruned else " (older ones are used)"
@@ -446,3 +449,19 @@ def test_the_snapshot_json_of_another_snapshot_in_a_bucket(bucket: str) -> None:
             assert (report.problems, len(report.repaired)) == ([], 1)
             assert (storage.read(key), said(root)) == (whole, before)
             assert verify_store(root, deep=True, repair=True).repaired == []
+
+
+@pytest.mark.parametrize("column", ["tok_ptr", "text"])
+def test_captions_outlive_a_damage_after_another_tokenizer(store: str, column: str) -> None:
+    """Texts of the damaged snapshot where they are sound, else of the one before, by the newest tokenizer."""
+    *_, captions = said(store)
+    write_captions(store, None, CaptionConfig(tokenizer="wordpiece:60"))
+    newest = StoreIndex(store)
+    sha256, tokens = newest.details["captions"]["tokenizer_sha256"], newest.tokens.tolist()
+    Path(store, "index", newest.name, column, "c", "0").unlink()
+    report = repaired(store)
+    index = StoreIndex(store)
+    assert index.details["captions"]["tokenizer_sha256"] == sha256
+    assert said(store)[2] == captions
+    assert index.tokens.tolist() == tokens
+    assert any("(older ones are used)" in line for line in lost(report)) == (column == "text")

@@ -17,7 +17,7 @@ from feature_store.commit import Commit, commit_key, committed_shards, iter_comm
 from feature_store.config import CaptionConfig
 from feature_store.index import StoreIndex, current_line
 from feature_store.info import failures, store_info
-from feature_store.layout import StoreMeta, create_store, open_store
+from feature_store.layout import StoreMeta, create_store, open_store, shard_key
 from feature_store.local_storage import LocalStorage
 from feature_store.plan import plan_videos
 from feature_store.prune import prune_store
@@ -541,3 +541,37 @@ def test_of_a_snapshot_that_is_taken_out_nothing_comes_back(tmp_path: Path) -> N
     assert verify_store(store, deep=True).problems == []
     reader = FeatureReader(store, check="always")
     assert sorted(reader.index.id_list()) == sorted(name.encode() for name in corpus)
+
+
+def test_videos_whose_shard_and_record_are_gone_are_named(narrated: Path) -> None:
+    """Only the index knows them any more."""
+    meta = open_store(narrated)
+    ids = sorted(record.video_id for record in read_commit(meta, 0).videos if record.status == "ok")
+    (narrated / commit_key(0)).unlink()
+    (narrated / shard_key(0)).unlink()
+    assert f"{len(ids)} videos of the index are in no commit record" in store_info(narrated)["damage"]
+    assert verify_store(narrated).to_extract == ids
+    report = verify_store(narrated, deep=True, repair=True)
+    assert (report.problems, report.to_extract) == ([], ids)
+
+
+def test_info_names_shards_that_are_missing(narrated: Path) -> None:
+    assert store_info(narrated)["damage"] == []
+    (narrated / shard_key(0)).unlink()
+    assert "the first of shard 0" in store_info(narrated)["damage"][0]
+
+
+def test_metadata_whose_second_copy_is_lost_too(narrated: Path) -> None:
+    for name in ("zarr.json", "_plan/store.json"):
+        (narrated / name).unlink()
+    with pytest.raises(StoreError, match=r"second copy _plan/store\.json is lost: .*from a backup"):
+        verify_store(narrated, repair=True)
+
+
+def test_a_lost_current_is_not_a_store_without_an_index(narrated: Path) -> None:
+    finalise(narrated)
+    write_captions(narrated, None, CaptionConfig(tokenizer="wordpiece:90"))
+    (narrated / "CURRENT").unlink()
+    for look in (store_info, StoreIndex):
+        with pytest.raises(StoreError, match="has lost CURRENT: run `vlm-dist store verify --repair`"):
+            look(narrated)

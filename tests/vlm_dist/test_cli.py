@@ -41,8 +41,8 @@ SURFACE = {
     "store verify": [*COMMON, "--deep", "--json", "--repair", "--writers-gone", "store"],
     "store failures": [*COMMON, "--json", "store"],
     "store import": [
-        *COMMON, "--allow-pickle", "--captions", "--extractor", "--ids", "--json", "--normalise", "--store", "--strict",
-        "--tokenizer", "--weights", "sources",
+        *COMMON, "--allow-pickle", "--captions", "--extractor", "--ids", "--json", "--normalise", "--retry-failed",
+        "--store", "--strict", "--tokenizer", "--weights", "sources",
     ],
     "store delete": [*COMMON, "--json", "--store", "--undo", "--videos", "ids"],
     "store split": [*COMMON, "--json", "--remove", "--store", "--videos", "ids", "name"],

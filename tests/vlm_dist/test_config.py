@@ -134,6 +134,9 @@ def test_relative_paths_start_where_they_were_written(tmp_path: Path, monkeypatc
     assert settings.captions_file == str(elsewhere / "c.json")
     assert settings.runs == str(elsewhere / "r")
     assert load_settings(workspace, ["store=s3://bucket/store"], env={}).settings.store == "s3://bucket/store"
+    for mistyped in ("S3://bucket/store", "s3:/bucket/store", "S3:/bucket/store"):
+        assert load_settings(workspace, [f"store={mistyped}"], env={}).settings.store == "s3://bucket/store"
+    assert load_settings(workspace, ["store=s3:"], env={}).settings.store == "s3://"
     for address in ("s3://bucket/store", "gs://bucket/store"):  # one slash of the two is left in a Path
         assert load_settings(workspace, (), {"store": Path(address)}, {}).settings.store == address
 

@@ -53,6 +53,7 @@ def test_features_come_in_and_go_out(here: Path, capsys: pytest.CaptureFixture[s
     assert "Nothing to do: all 6 arrays are in the store or have failed before." in out
     assert "Captions are as they were: 4 captions of 4 videos." in out
     assert "all_zero" in out
+    assert "with --retry-failed tries them again" in out
     info = json.loads(typed(capsys, "info", "--json")[0])
     assert info["fingerprint"] == first["fingerprint"]
     assert info["provenance"]["extractor"] == "slowfast"
@@ -130,3 +131,14 @@ def test_errors_are_one_line(
     assert words in last
     assert out == ""
     assert not (here / "store").exists()
+
+
+@pytest.mark.usefixtures("server")
+def test_a_failed_array_is_tried_again_when_it_is_mended(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed(capsys, "import", "features")
+    rows = np.random.default_rng(9).standard_normal((3, 32)).astype(np.float32)
+    np.save(here / "features" / "zeros.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    assert "Nothing to do" in typed(capsys, "import", "features")[0]
+    out = json.loads(typed(capsys, "import", "features", "--retry-failed", "--json", "--strict")[0])
+    assert (out["ok"], out["failed"]) == (1, 0)
+    assert json.loads(typed(capsys, "info", "--json")[0])["videos"]["ok"] == 6

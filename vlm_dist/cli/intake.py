@@ -86,7 +86,8 @@ def print_failures(store: str, broken: list["VideoRecord"], others: int = 0) -> 
             title += f": {len(broken) - repeated} failed, {repeated} repeated the id of another"
         print_table(("video", "reason", "what happened"), rows, title=title)
         if len(broken) > _SHOWN:
-            print(f"… and {len(broken) - _SHOWN} more ({dict(reasons)}): `{command}` lists them all")
+            told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            print(f"… and {len(broken) - _SHOWN} more ({told} in all): `{command}` lists them all")
     if others:
         print(f"The store has {counted(others, 'other video')} without features: `{command}` lists all.")
 

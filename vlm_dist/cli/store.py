@@ -49,7 +49,7 @@ def info(
       vlm-dist store info --plot store.png
     """
     from feature_store.info import store_info
-    from vlm_dist.cli.output import print_json, print_table
+    from vlm_dist.cli.output import print_json, print_table, print_warning
 
     root = store_address(store, workspace, overrides)
     facts = store_info(root)
@@ -60,7 +60,10 @@ def info(
     if json:
         print_json(facts)
         return
+    damage = facts.pop("damage")
     print_table(("", ""), _lines(facts), title=f"Feature store {root}")
+    for line in damage:
+        print_warning(f"{line}: the numbers are not to be trusted; run `vlm-dist store verify {root}`")
     if plot:
         print(f"Picture: {plot}")
 
@@ -111,7 +114,8 @@ def verify(
             print(f"{counted(len(report.to_extract), 'video')} must be extracted again: {some} (--json lists all)")
         if problems:
             print_table(("problem", "where", "what"), [(p.kind, p.where, p.message) for p in problems])
-        print(f"{report.videos:,} videos in {report.shards:,} shards, {report.bytes_checked / 1e6:,.1f} MB checked")
+        checked = f", {report.bytes_checked / 1e6:,.1f} MB checked" if report.bytes_checked else ""
+        print(f"{counted(report.videos, 'video')} in {counted(report.shards, 'shard')}{checked}")
         if report.shards and not report.snapshot:
             print("There is no index snapshot: captions, splits and deletions are none that are known here.")
     if problems:

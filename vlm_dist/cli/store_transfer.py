@@ -18,6 +18,7 @@ from vlm_dist.cli.intake import (
 from vlm_dist.cli.options import HERE, AllowPickle, Json, Overrides, Workspace
 from vlm_dist.cli.output import counted, duration, print_json, print_warning, progress, prose_on_stderr
 
+SHOWN = 10  # lines of one kind
 if TYPE_CHECKING:
     from feature_store.config import ImportConfig
     from feature_store.import_arrays import ImportState
@@ -50,6 +51,9 @@ def import_features(
         str | None, typer.Option(help="Of the captions: BERT name, folder, or wordpiece:N to train one.")
     ] = None,
     allow_pickle: AllowPickle = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try those of the arrays again that failed before.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help=f"Exit {STRICT_EXIT} when an array failed.")] = False,
     workspace: Workspace = HERE,
     overrides: Overrides = None,
@@ -76,7 +80,9 @@ def import_features(
     if extractor:
         cfg = cfg.model_copy(update={"extractor": extractor})
     with prose_on_stderr(as_json):
-        result = import_to_store(context, sources, cfg, weights=weights, ids=ids, allow_pickle=allow_pickle)
+        result = import_to_store(
+            context, sources, cfg, weights=weights, ids=ids, allow_pickle=allow_pickle, retry_failed=retry_failed
+        )  # fmt: skip
     if as_json:
         print_json(result)
     if strict and result["failed"]:
@@ -91,6 +97,7 @@ def import_to_store(
     weights: Path | None = None,
     ids: Path | None = None,
     allow_pickle: bool = False,
+    retry_failed: bool = False,
 ) -> dict[str, Any]:
     """Arrays and captions -> the workspace's store, as a tracked run; prints what happened and returns it."""
     from feature_store.import_arrays import prepare_store
@@ -103,15 +110,21 @@ def import_to_store(
     check_captions(context, captions, allow_pickle)
     sources = ArraySources(paths, allow_pickle=allow_pickle, ids_file=ids)
     prepare_store(context.store, sources, cfg, weights)  # what cannot be imported is refused before a run is opened
-    if not anything_to_do(context.store, sources.videos):
+    for refused in sources.refused[:SHOWN]:
+        print_warning(refused)
+    if len(sources.refused) > SHOWN:
+        print_warning(f"{len(sources.refused) - SHOWN} more arrays whose ids no store can take")
+    if not anything_to_do(context.store, sources.videos, retry_failed):
         state, run_id = None, None
         finalise(context.store)  # publishes what was committed when an import was killed at its very end
         print(f"Nothing to do: all {len(sources.videos)} arrays are in the store or have failed before.")
+        if of_listed(failures(context.store), sources.videos):
+            print("Where what made them fail is mended, the same command with --retry-failed tries them again.")
         report = write_captions(context, captions, allow_pickle)
     else:
         with context.tracked("import", tags={"vlm_dist.import_sources": ", ".join(map(str, paths))}) as tracker:
             tracker.params({f"import.{name}": value for name, value in cfg.model_dump().items()})
-            state, run_id = _import(context, sources, cfg, weights), tracker.run_id
+            state, run_id = _import(context, sources, cfg, weights, retry_failed), tracker.run_id
             report = write_captions(context, captions, allow_pickle)
             tracker.metrics({"import/videos": state.ok, "import/failed": state.failed}, step=state.ok + state.failed)
             tracker.metrics({"import/mb_per_s": state.mb_per_s}, step=state.ok + state.failed)
@@ -129,13 +142,15 @@ def import_to_store(
         print_warning(f"{waiting} videos of another import are not in the store yet: type that import again")
     return {
         "store": context.store, "ok": state.ok if state else info["videos"]["ok"],
-        "failed": len(listed), "nothing_to_do": state is None or state.shards == 0,
+        "failed": len(listed) + len(sources.refused), "nothing_to_do": state is None or state.shards == 0,
         "rows": state.rows if state else 0, "mb_per_s": state.mb_per_s if state else 0.0,
         "fingerprint": info["fingerprint"], "run": run_id,
     }  # fmt: skip
 
 
-def _import(context: Context, sources: "ArraySources", cfg: "ImportConfig", weights: Path | None) -> "ImportState":
+def _import(
+    context: Context, sources: "ArraySources", cfg: "ImportConfig", weights: Path | None, retry_failed: bool
+) -> "ImportState":
     from feature_store.import_arrays import import_arrays
 
     with progress("import", len(sources.videos), "videos") as bar:
@@ -144,7 +159,9 @@ def _import(context: Context, sources: "ArraySources", cfg: "ImportConfig", weig
             failed = f", {state.failed} failed" if state.failed else ""
             bar.update(state.ok + state.failed, f"{state.mb_per_s:.0f} MB/s{failed}", total=state.videos)
 
-        return import_arrays(context.store, sources, cfg, weights=weights, on_progress=show)
+        return import_arrays(
+            context.store, sources, cfg, weights=weights, retry_failed=retry_failed, on_progress=show
+        )  # fmt: skip
 
 
 def _print_summary(state: "ImportState", listed: list["VideoRecord"]) -> None:
