@@ -7,6 +7,7 @@ tokenizer (and hash) wherever it came from, and a caption that says "[MASK]" nev
 import hashlib
 import importlib
 import json
+import logging
 import socket
 import urllib.parse
 import urllib.request
@@ -166,6 +167,7 @@ def _backend(ids: dict[str, int], lowercase: bool, strip_accents: bool | None) -
 
 def _from_hub(name: str) -> Tokenizer:
     transformers = importlib.import_module("transformers")  # seconds to import, and only for a name
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry of a hub that is out of reach
     for local_only in (True, False):
         if not local_only and not _hub_resolves():
             break  # its retries would take most of a minute to say so

@@ -72,7 +72,7 @@ class TrainConfig(_Frozen):
         "the first steps then take a minute.",
     )
     max_hours: float = Field(
-        default=0.0, ge=0, description="The command stops with a checkpoint after so many hours; 0 never."
+        default=0.0, ge=0, description="`pretrain` stops with a checkpoint after so many hours; 0 never."
     )
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")

@@ -35,7 +35,9 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._thread.shutdown()
+        self._thread.shutdown()  # when all is written
+        if kind is None:
+            self.wait()
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be made after `step` updates; the same on every rank (at times a collective)."""
