@@ -15,6 +15,7 @@ from vlm_dist.cli.app import main
 from vlm_dist.cli.context import Context
 from vlm_dist.demo.run import _zero_shot
 from vlm_dist.demo.world import render_world
+from vlm_dist.model.checkpoint import load
 
 VIDEOS = 8
 SMALL = """
@@ -68,6 +69,11 @@ class Workspace:
         self.errors = printed.err
         assert found == code, f"{words} ended with {found}:\n{printed.out}\n{printed.err}"
         return printed.out
+
+    def refused(self, *words: str) -> str:
+        """The error line of a command that does not do what it was asked."""
+        assert main([*words, "--workspace", str(self.folder)]) in (1, 2)
+        return self._capsys.readouterr().err
 
     def json(self, *words: str, code: int = 0) -> Any:
         """The JSON that a command printed, and nothing beside it."""
@@ -152,6 +158,45 @@ def test_pretraining_leaves_the_test_videos_out_and_is_found_again(workspace: Wo
     assert tested
     assert trained
     assert not trained & tested
+
+
+def test_a_plan_says_what_a_cluster_would_take(workspace: Workspace, extracted: Path) -> None:
+    plan = workspace.json("pretrain", "--nodes", "4", "--gpus", "2", "--dry-run", "--set", "train.nce_pool=group:4")
+    assert (plan["ranks"], plan["on_gpu"], plan["precision"]) == (8, True, "fp16")
+    assert plan["micro_batches"] * plan["micro_batch"] * plan["ranks"] == plan["global_batch"] == 16
+    alone = workspace.json("pretrain", "--gpus", "0", "--dry-run")
+    assert (alone["ranks"], alone["received_bytes"], alone["gradient_bytes"]) == (1, 0, 0)
+    assert alone["negatives"] == pytest.approx(2 * plan["negatives"], abs=2), "a group of four sees half of eight ranks"
+    assert alone["step_flops"] > 6 * plan["step_flops"], "of one rank; the pool is projected on each"
+    assert alone["hours"] > 0
+    said = workspace.type("pretrain", "--gpus", "0", "--dry-run")
+    assert "1 CPU worker, fp32" in said
+    assert not list(extracted.glob("runs/pretrain-*/plan*")), "nothing was begun"
+
+
+def test_a_time_limit_ends_in_a_checkpoint_and_the_same_command_goes_on(
+    workspace: Workspace, extracted: Path, tmp_path: Path
+) -> None:
+    changes = ("train.seed=5", "train.max_steps=6", "train.log_every=2", "train.checkpoint_every=100")
+    line = ("pretrain", "--gpus", "0", *(word for change in changes for word in ("--set", change)))
+    assert "there is no checkpoint in" in workspace.refused(*line, "--resume", "must")
+    stopped = workspace.json(*line, "--max-hours", "1e-9")
+    assert stopped["model"] == ""
+    (told,) = workspace.json("checkpoint", "list")["checkpoints"]
+    assert (told["step"], told["ranks"], told["state"]) == (2, 1, "committed")
+    whole = workspace.json(*line, "--resume", "must")
+    assert whole["resumed_from"] == 2
+    run = Path(whole["model"]).parent
+    assert workspace.json("checkpoint", "verify", run.name)["problems"].keys() == {"step_00000002", "step_00000006"}
+    workspace.type("checkpoint", "export", str(tmp_path / "model"), run.name, "--step", "6")
+    ours, theirs = load(tmp_path / "model").model.state_dict(), load(Path(whole["model"])).model.state_dict()
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    weights = run / "checkpoints" / "step_00000006" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "bytes, its manifest says" in workspace.type("checkpoint", "verify", run.name, code=1)
+    assert "is damaged" in workspace.refused("checkpoint", "export", str(tmp_path / "other"), run.name, "--step", "6")
+    assert "1 checkpoints left" in workspace.type("checkpoint", "prune", run.name)
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000002"]
 
 
 def test_zero_shot_fine_tuning_and_comparison(workspace: Workspace, pretrained: Path) -> None:

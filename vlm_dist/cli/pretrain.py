@@ -109,7 +109,14 @@ def run_pretrain(
             "metrics": folder.record.get("metrics", {}),
         }
     batch = settings.train.global_batch
-    GlobalOrder(split.train, settings.train.seed, batch, settings.clips.clips_per_video)  # refuses what cannot be
+    order = GlobalOrder(
+        split.train, settings.train.seed, batch, settings.clips.clips_per_video
+    )  # refuses what can't be
+    if order.visits_per_update > len(split.train):
+        print_warning(
+            f"an update visits {order.visits_per_update} videos, and {len(split.train)} train: some come several times "
+            "in one update, and their clips are negatives of each other; lower train.global_batch"
+        )
     check_workers(asked_workers(nodes, gpus, workers), settings.train.precision, batch, "train.global_batch")
     with folder.locked():
         if changed:
