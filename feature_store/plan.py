@@ -67,8 +67,6 @@ class Segment:
 
 def unfit_id(video_id: str) -> str:
     """Why no store can take a video of this id; empty where one can."""
-    if not video_id:
-        return "is empty"
     try:
         size = len(video_id.encode())
     except UnicodeEncodeError:

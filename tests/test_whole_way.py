@@ -174,31 +174,6 @@ def test_a_plan_says_what_a_cluster_would_take(workspace: Workspace, extracted: 
     assert not list(extracted.glob("runs/pretrain-*/plan*")), "nothing was begun"
 
 
-def test_a_time_limit_ends_in_a_checkpoint_and_the_same_command_goes_on(
-    workspace: Workspace, extracted: Path, tmp_path: Path
-) -> None:
-    changes = ("train.seed=5", "train.max_steps=6", "train.log_every=2", "train.checkpoint_every=100")
-    line = ("pretrain", "--gpus", "0", *(word for change in changes for word in ("--set", change)))
-    assert "there is no checkpoint in" in workspace.refused(*line, "--resume", "must")
-    stopped = workspace.json(*line, "--max-hours", "1e-9")
-    assert stopped["model"] == ""
-    (told,) = workspace.json("checkpoint", "list")["checkpoints"]
-    assert (told["step"], told["ranks"], told["state"]) == (2, 1, "committed")
-    whole = workspace.json(*line, "--resume", "must")
-    assert whole["resumed_from"] == 2
-    run = Path(whole["model"]).parent
-    assert workspace.json("checkpoint", "verify", run.name)["problems"].keys() == {"step_00000002", "step_00000006"}
-    workspace.type("checkpoint", "export", str(tmp_path / "model"), run.name, "--step", "6")
-    ours, theirs = load(tmp_path / "model").model.state_dict(), load(Path(whole["model"])).model.state_dict()
-    assert all((ours[name] == theirs[name]).all() for name in theirs)
-    weights = run / "checkpoints" / "step_00000006" / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    assert "bytes, its manifest says" in workspace.type("checkpoint", "verify", run.name, code=1)
-    assert "is damaged" in workspace.refused("checkpoint", "export", str(tmp_path / "other"), run.name, "--step", "6")
-    assert "1 checkpoints left" in workspace.type("checkpoint", "prune", run.name)
-    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000002"]
-
-
 def test_zero_shot_fine_tuning_and_comparison(workspace: Workspace, pretrained: Path) -> None:
     zero_shot = workspace.json("evaluate", "retrieval", "--zero-shot")
     assert zero_shot["form"] == "zero-shot"
@@ -329,3 +304,29 @@ def test_one_file_without_a_store(
     (tmp_path / "my video.npy").unlink()
     workspace.type("extract", "my video.mp4", "--npy", code=2)
     assert "s3d_howto100m.pth" in workspace.errors
+
+
+@pytest.mark.slow
+def test_a_time_limit_ends_in_a_checkpoint_and_the_same_command_goes_on(
+    workspace: Workspace, extracted: Path, tmp_path: Path
+) -> None:
+    changes = ("train.seed=5", "train.max_steps=6", "train.log_every=2", "train.checkpoint_every=100")
+    line = ("pretrain", "--gpus", "0", *(word for change in changes for word in ("--set", change)))
+    assert "there is no checkpoint in" in workspace.refused(*line, "--resume", "must")
+    stopped = workspace.json(*line, "--max-hours", "1e-9")
+    assert stopped["model"] == ""
+    (told,) = workspace.json("checkpoint", "list")["checkpoints"]
+    assert (told["step"], told["ranks"], told["state"]) == (2, 1, "committed")
+    whole = workspace.json(*line, "--resume", "must")
+    assert whole["resumed_from"] == 2
+    run = Path(whole["model"]).parent
+    assert workspace.json("checkpoint", "verify", run.name)["problems"].keys() == {"step_00000002", "step_00000006"}
+    workspace.type("checkpoint", "export", str(tmp_path / "model"), run.name, "--step", "6")
+    ours, theirs = load(tmp_path / "model").model.state_dict(), load(Path(whole["model"])).model.state_dict()
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    weights = run / "checkpoints" / "step_00000006" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "bytes, its manifest says" in workspace.type("checkpoint", "verify", run.name, code=1)
+    assert "is damaged" in workspace.refused("checkpoint", "export", str(tmp_path / "other"), run.name, "--step", "6")
+    assert "1 checkpoints left" in workspace.type("checkpoint", "prune", run.name)
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000002"]
