@@ -1,6 +1,7 @@
 """Buckets on a real S3 server, for every test that needs one (a pytest plugin)."""
 
 import itertools
+import os
 import subprocess
 import sys
 import urllib.request
@@ -14,7 +15,9 @@ import pytest
 def s3_endpoint() -> Iterator[str]:
     """Address of a real S3 server (see s3_server.py) for all tests that need one."""
     command = [sys.executable, "-m", "tests.feature_store.s3_server"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # Where a test before has typed a command, PYTHONSAFEPATH is set, and this package would not be found.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert server.stdout is not None
     yield f"http://127.0.0.1:{int(server.stdout.readline())}"
     server.kill()
