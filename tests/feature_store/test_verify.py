@@ -18,7 +18,6 @@ from feature_store.config import CaptionConfig
 from feature_store.index import StoreIndex, current_line
 from feature_store.info import failures, store_info
 from feature_store.layout import StoreMeta, create_store, open_store, shard_key
-from feature_store.local_storage import LocalStorage
 from feature_store.plan import plan_videos
 from feature_store.prune import prune_store
 from feature_store.reader import FeatureReader
@@ -39,18 +38,6 @@ from tests.feature_store.store_tools import (
 from vlm_dist.errors import StoreError
 
 Corpus = dict[str, np.ndarray | None]
-
-
-@pytest.fixture
-def narrated(tmp_path: Path, store: Path, corpus: Corpus) -> Path:
-    """The finished store with captions for every video and one that waits."""
-    captions = {
-        video_id: {"start": [0, 0.5], "end": [0.7, 1.5], "text": ["now cut it", f"see {video_id}"]}
-        for video_id in [*corpus, "waits"]
-    }
-    (tmp_path / "captions.json").write_text(json.dumps(captions))
-    write_captions(store, tmp_path / "captions.json", CaptionConfig(tokenizer="wordpiece:100"))
-    return store
 
 
 def restore(store: Path, corpus: Corpus) -> None:
@@ -402,27 +389,6 @@ def test_a_copy_elsewhere_is_the_same_store(narrated: Path, tmp_path: Path) -> N
     assert StoreIndex(copy).fingerprint == StoreIndex(narrated).fingerprint
 
 
-def test_info_and_failures(narrated: Path, corpus: Corpus) -> None:
-    info = store_info(narrated)
-    assert json.loads(json.dumps(info)) == info
-    rows = sum(len(rows) for rows in corpus.values() if rows is not None)
-    assert info["videos"] == {"planned": 31, "ok": 30, "failed": 1, "open": 0, "deleted": 0}
-    assert (info["rows"], info["hours"], info["failures"]) == (rows, rows / 3600, {"corrupt": 1})
-    index = StoreIndex(narrated)
-    assert (info["clips"], info["tokens"], info["snapshot"]) == (index.num_clips, index.num_tokens, index.name)
-    assert (info["captions_without_video"], info["fingerprint"]) == (2, index.fingerprint)
-    assert info["provenance"]["weights"] == "random seed 0"
-    (failed,) = failures(narrated)
-    assert (failed.video_id, failed.reason, failed.path) == ("broken", "corrupt", "videos/broken.mp4")
-    void(open_store(narrated), 0)
-    assert store_info(narrated)["videos"]["open"] > 0
-
-
-def test_info_of_an_empty_store(tmp_path: Path) -> None:
-    info = store_info(make_store(tmp_path / "store", {}))
-    assert (info["videos"]["planned"], info["clips"], info["tokenizer"]) == (0, 0, None)
-
-
 def test_a_shard_that_is_done_again_settles_a_failure(store: Path, corpus: Corpus) -> None:
     meta = open_store(store)
     shard = next(commit.shard for commit in iter_commits(meta) if any(r.status == "failed" for r in commit.videos))
@@ -434,20 +400,6 @@ def test_a_shard_that_is_done_again_settles_a_failure(store: Path, corpus: Corpu
     assert np.array_equal(reader.read(reader.index.find("broken")), features("broken", 9))
     assert store_info(store)["videos"] == {"planned": 31, "ok": 31, "failed": 0, "open": 0, "deleted": 0}
     assert not verify_store(store, deep=True).problems
-
-
-def test_info_reads_every_record_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, keys = LocalStorage.read, list[str]()
-
-    def counted(self: LocalStorage, key: str) -> bytes:
-        keys.append(key)
-        return read(self, key)
-
-    monkeypatch.setattr(LocalStorage, "read", counted)
-    shards = store_info(store)["shards"]
-    once = [key for key in keys if key.startswith(("_commits/", "_plan/"))]
-    assert len(once) == len(set(once))
-    assert shards == {"planned": 16, "committed": len([key for key in once if key.startswith("_commits/")])}
 
 
 def test_a_lost_index_is_made_anew(store: Path) -> None:
@@ -553,12 +505,6 @@ def test_videos_whose_shard_and_record_are_gone_are_named(narrated: Path) -> Non
     assert verify_store(narrated).to_extract == ids
     report = verify_store(narrated, deep=True, repair=True)
     assert (report.problems, report.to_extract) == ([], ids)
-
-
-def test_info_names_shards_that_are_missing(narrated: Path) -> None:
-    assert store_info(narrated)["damage"] == []
-    (narrated / shard_key(0)).unlink()
-    assert "the first of shard 0" in store_info(narrated)["damage"][0]
 
 
 def test_metadata_whose_second_copy_is_lost_too(narrated: Path) -> None:

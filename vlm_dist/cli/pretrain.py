@@ -95,7 +95,8 @@ def run_pretrain(
         "clips": settings.clips.model_dump(), "masks": settings.masks.model_dump(),
         "videos": split_digest(split), "train": _what_is_trained(settings.train.model_dump()),
     }  # fmt: skip
-    if changed := None if resume == "never" else RunFolder.of_changed_store(context.runs, "pretrain", identity):
+    changed = None if resume == "never" else RunFolder.of_changed_store(context.runs, "pretrain", identity, store)
+    if changed:
         _check_store_change(changed, index.fingerprint, allow_store_change)
     folder = changed or RunFolder.for_identity(context.runs, "pretrain", identity, resume)
     if folder.finished:

@@ -23,14 +23,14 @@ def plan_pretrain(context: Context, nodes: int, gpus: int | None, workers: int) 
     origin = find_origin(context, settings.init)
     check_origin(context, origin, store)
     split = split_corpus(context, index)
-    model = read_model(origin.weights, settings.model, store, index).config
+    model = read_model(origin.weights, settings.model, store, index)
     ranks = asked_workers(nodes, gpus, workers) or asked_workers(nodes, 0, workers)
     assert ranks is not None
     check_workers(ranks, settings.train.precision, settings.train.global_batch, "train.global_batch")
     cores = 0 if ranks.use_gpu else max(1, (os.cpu_count() or 1) // ranks.count)
     plan = plan_pretraining(
-        index, split.train, model, settings.clips, settings.masks, settings.train,
-        ranks=ranks.count, cores_each=cores,
+        index, split.train, model.config, settings.clips, settings.masks, settings.train,
+        parameters=sum(p.numel() for p in model.parameters()), ranks=ranks.count, cores_each=cores,
     )  # fmt: skip
     print_table(("plan", ""), _rows(plan))
     print(

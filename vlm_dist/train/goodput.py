@@ -51,6 +51,7 @@ class GoodputLedger:
         self._began: float | None = None
         self._first = self._last = 0
         self._attempts = self._again = 0
+        self._starting = True
         self._reports: list[dict[str, float]] = []
 
     def take(self, kind: str, payload: Any) -> None:
@@ -58,17 +59,23 @@ class GoodputLedger:
         if kind == "plan":
             self._began = self._began or time.monotonic()
             self._attempts += 1
-            if self._attempts > 1 and not self._last:
-                self._last = self._first
+            self._starting = True
         elif kind == "resumed":
-            if self._last:
-                self._again += max(0, self._last - payload["step"])
-            else:
-                self._first = payload["step"]
-            self._last = payload["step"]
+            self._go_on_from(payload["step"])
         elif kind == "step":
+            if self._starting:  # without a checkpoint
+                self._go_on_from(0)
             self._last = payload.step
             self._reports.append(payload.values)
+
+    def _go_on_from(self, step: int) -> None:
+        self._starting = False
+        if self._reports:
+            self._again += self._last - step
+            self._first = min(self._first, step)
+        else:
+            self._first = step
+        self._last = step
 
     def total(self) -> Goodput | None:
         """None where nothing was reported."""

@@ -68,6 +68,7 @@ def plan_pretraining(
     masks: MaskConfig,
     train: TrainConfig,
     *,
+    parameters: int,
     ranks: int,
     cores_each: int = 0,
 ) -> TrainPlan:
@@ -80,6 +81,7 @@ def plan_pretraining(
         clips: how they are drawn.
         masks: what of them is masked.
         train: batch, precision, negatives.
+        parameters: of the model.
         ranks: GPUs or workers in all.
         cores_each: 0 means GPUs.
     """
@@ -110,7 +112,6 @@ def plan_pretraining(
     pieces = min(-(-math.ceil(rank_clips) // train.micro_batch), int(rank_clips))
     flops = step_flops(model, work)
     without = forward_flops(model, Work(work.tokens, work.pairs, work.seconds, work.masked_text, work.masked_video, 0))
-    parameters = _parameters(model)
     item = 4 if precision == "fp32" else 2
     return TrainPlan(
         ranks=ranks,
@@ -155,12 +156,3 @@ def _received(train: TrainConfig, visible: float, ranks: int, width: int) -> int
     if kind == "sample":
         own *= min(1.0, size / max(1.0, train.global_batch * visible))
     return received_bytes([int(own)] * taking_part, width)
-
-
-def _parameters(model: ModelConfig) -> int:
-    from torch import device
-
-    from vlm_dist.model.vlm import VLM
-
-    with device("meta"):
-        return sum(p.numel() for p in VLM(model).parameters())

@@ -66,8 +66,8 @@ class RunFolder:
             number += 1
             path = runs / f"{name}-{number}"
         found = cls(path)
-        if resume == "must" and not found.finished and not any((path / "checkpoints").glob("step_*")):
-            others = sorted(folder.name for folder in runs.glob(f"{kind}-*") if any(folder.glob("checkpoints/step_*")))
+        if resume == "must" and not found.finished and not found.has_checkpoint:
+            others = sorted({place.parents[1].name for place in runs.glob(f"{kind}-*/checkpoints/step_*")})
             raise ConfigError(
                 f"--resume must: there is no checkpoint in {path}, where a run of these very settings would lie; "
                 f"runs with checkpoints: {', '.join(others) or 'none'}. Leave --resume out to begin"
@@ -75,20 +75,36 @@ class RunFolder:
         return found
 
     @classmethod
-    def of_changed_store(cls, runs: Path, kind: str, identity: Mapping[str, Any]) -> "RunFolder | None":
-        """A run with checkpoints that differs from `identity` by the store's content alone; first one that does not
-        differ any more, because it once went on with a changed store."""
+    def of_changed_store(cls, runs: Path, kind: str, identity: Mapping[str, Any], store: str) -> "RunFolder | None":
+        """An unfinished run with checkpoints on this store that differs from `identity` by the store's content alone;
+        before all others one that went on with the changed store, and does not differ any more.
+
+        None where a run of just this identity has the name that it would have.
+        """
         ours = json.loads(json.dumps(identity, default=str))
+        own = runs / f"{kind}-{digest_of(identity)[:8]}"
+        if own.exists():
+            return None
         found: list[RunFolder] = []
         for path in sorted(runs.glob(f"{kind}-*")):
-            known = read_record(path).get("identity")
+            try:
+                run = cls(path)
+            except CheckpointError:
+                continue  # damaged, and another run's: it is told when that run is asked for
+            known = run.record.get("identity")
             if known == ours:
-                return cls(path)
-            if not isinstance(known, dict) or not any(path.glob("checkpoints/step_*")):
+                return run
+            if not isinstance(known, dict) or run.record.get("store") != store or run.finished:
                 continue
-            if {key: known.get(key) for key in ours} == {**ours, **{key: known.get(key) for key in _CONTENT}}:
-                found.append(cls(path))
-        return next((run for run in found if not run.finished), None)
+            same = {key: known.get(key) for key in ours} == {**ours, **{key: known.get(key) for key in _CONTENT}}
+            if same and run.has_checkpoint:
+                found.append(run)
+        return found[0] if found else None
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one, sound or not."""
+        return any(self.path.glob("checkpoints/step_*"))
 
     @property
     def finished(self) -> bool:

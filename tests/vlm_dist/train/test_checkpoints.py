@@ -197,16 +197,25 @@ def test_a_run_on_another_state_of_the_store_is_found(tmp_path: Path) -> None:
     identity = {"store": "a", "videos": "b", "train": {"lr": 1, "betas": (0.9, 0.98)}}
     run = RunFolder.for_identity(tmp_path, "pretrain", identity)
     with run.locked():
-        run.write(identity=identity, status="unfinished")
+        run.write(identity=identity, status="unfinished", store="/lab/store")
     grown = {**identity, "store": "a2", "videos": "b2"}
-    assert RunFolder.of_changed_store(tmp_path, "pretrain", grown) is None, "it has no checkpoint"
+
+    def found(wanted: dict[str, Any], store: str = "/lab/store") -> Path | None:
+        other = RunFolder.of_changed_store(tmp_path, "pretrain", wanted, store)
+        return other and other.path
+
+    assert found(grown) is None, "it has no checkpoint"
     CheckpointFolder(run.path / "checkpoints").save(1, STATE, {})
-    for wanted in (identity, grown):
-        found = RunFolder.of_changed_store(tmp_path, "pretrain", wanted)
-        assert found is not None
-        assert found.path == run.path
-    assert RunFolder.of_changed_store(tmp_path, "pretrain", {**grown, "train": {"lr": 2}}) is None
-    found.write(identity=grown)  # it went on: the same command finds it, whatever its name
-    again = RunFolder.of_changed_store(tmp_path, "pretrain", grown)
-    assert again is not None
-    assert again.path == run.path
+    assert found(grown) == run.path
+    assert found(identity) is None, "it is found by its name"
+    assert found(grown, "/lab/other") is None, "another store is no change of this one"
+    assert found({**grown, "train": {"lr": 2}}) is None
+    (tmp_path / "pretrain-00000000").mkdir()
+    (tmp_path / "pretrain-00000000" / RECORD).write_text("{")
+    assert found(grown) == run.path, "whatever another run's record is"
+    run.write(identity=grown)  # it went on: the same command finds it, whatever its name
+    assert found(grown) == run.path
+    run.write(status="finished")
+    run.model.mkdir()
+    assert found(grown) == run.path, "it is this very run, and done"
+    assert found({**grown, "store": "a3"}) is None

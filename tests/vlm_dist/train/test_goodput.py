@@ -33,6 +33,15 @@ def test_a_run_with_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "goodput 42%: 25 updates of 0.5 s in 30 s; 1 restart (5 updates made again), 1 skipped" in total.line()
 
 
+def test_a_restart_before_the_first_checkpoint_makes_all_again() -> None:
+    ledger = GoodputLedger()
+    for kind, payload in (("plan", {}), ("step", report(8)), ("plan", {}), ("step", report(2)), ("step", report(9))):
+        ledger.take(kind, payload)
+    total = ledger.total()
+    assert total is not None
+    assert (total.updates, total.restarts, total.made_again) == (9, 1, 8)
+
+
 def test_a_run_without_places_and_without_restarts() -> None:
     ledger = GoodputLedger()
     ledger.take("plan", {})
