@@ -70,7 +70,7 @@ class ArraySources:
                 raise ConfigError(f"{path} holds no features that can be imported; give {FORMS}")
         unfit = [(video, wrong) for video in self.videos if (wrong := unfit_id(video.video_id))]
         self.refused = [
-            f"{_shown(video.path)}: the id {_shown(video.video_id)[:40]!r} {wrong}; it is not imported"
+            f"{_shown(video.path)}: the id {_shown(video.video_id)[:40]} {wrong}; it is not imported"
             for video, wrong in unfit
         ]
         left_out = {id(video) for video, _ in unfit}
